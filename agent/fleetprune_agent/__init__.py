@@ -1,0 +1,1 @@
+"""The agent: trains, observes, installs and serves on a device with onnxruntime alone."""

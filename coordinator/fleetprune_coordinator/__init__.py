@@ -1,0 +1,1 @@
+"""The coordinator: traces, plans, aggregates, extracts and releases."""

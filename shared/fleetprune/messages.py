@@ -1,0 +1,213 @@
+"""The small JSON messages that devices and the coordinator exchange.
+
+Everything large (weights, updates, graphs, releases) travels as blocks and is named here by
+hash or by target path. A reader ignores fields it does not know, so a newer peer may add some;
+`schema` rises only when an old reader would misread the message, and is then refused.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from fleetprune.errors import MessageError
+
+SCHEMA = 1
+MAX_MESSAGE = 64 * 1024  # bytes of JSON; nothing legitimate comes near it
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+"""A device, class or task: safe as an MQTT topic level and as a file name."""
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Message(BaseModel):
+    """Base of all messages: frozen, tolerant of unknown fields, finite numbers only."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    schema_: Literal[1] = Field(default=1, alias="schema", serialization_alias="schema")
+
+    def to_bytes(self) -> bytes:
+        """UTF-8 JSON."""
+        return self.model_dump_json(by_alias=True).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Parse unverified bytes; MessageError if they are too long or malformed."""
+        if len(data) > MAX_MESSAGE:
+            raise MessageError(
+                f"{cls.__name__} of {len(data)} bytes, expected at most {MAX_MESSAGE}"
+            )
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = ".".join(str(p) for p in first["loc"]) or "message"
+            raise MessageError(f"{cls.__name__}: {where}: {first['msg']}") from e
+
+
+class Blob(Message):
+    """Bytes that can be pulled in blocks, named by their hash."""
+
+    sha256: Sha256
+    size: int = Field(ge=0)
+
+
+class Enrol(Message):
+    """Device to coordinator: who I am and what I can do."""
+
+    device: Name
+    device_class: Name
+    agent_version: str = Field(max_length=64)
+    trains: bool
+    """False: this device only runs forward passes."""
+    samples: int = Field(ge=0)
+    block: Literal[0, 8, 16] = 0
+    """Channel block of onnxruntime's blocked convolutions on this processor; 0: none."""
+    rss_mb: float = Field(default=0.0, ge=0)
+
+
+class Enrolled(Message):
+    """Coordinator to device: the answer to `Enrol`."""
+
+    accepted: bool
+    reason: str = ""
+
+
+class TaskKind(StrEnum):
+    """What a task asks for."""
+
+    TRAIN = "train"
+    OBSERVE = "observe"
+
+
+class Codec(StrEnum):
+    """How float values travel."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+class GraphRef(Message):
+    """A signed ONNX graph: a target of the release repository."""
+
+    target: str = Field(max_length=256)
+    sha256: Sha256
+
+
+class Task(Message):
+    """Coordinator to device: one piece of work for one device in one round.
+
+    The same `task` id names the same work for ever; a device that has already answered it sends
+    the same answer again.
+    """
+
+    task: Name
+    device: Name
+    kind: TaskKind
+    round: int = Field(ge=0)
+    mask_version: int = Field(ge=0)
+    shape: Name
+    """Name of the model shape (usually the device class) that `graphs` and `model` have."""
+    graphs: tuple[GraphRef, ...] = Field(min_length=1)
+    """Alternatives: a training device draws one of them per step (self-distillation partners)."""
+    portable: tuple[GraphRef, ...] = ()
+    """The same graphs with portable operators, for where the fast ones do not verify."""
+    model: Blob
+    """A frame of kind MODL: parameters and BatchNorm statistics of that shape."""
+    epochs: int = Field(default=1, ge=0)
+    max_steps: int = Field(default=0, ge=0)
+    """At most so many optimiser steps; 0: as many as the epochs have."""
+    learning_rate: float = Field(default=0.0, ge=0)
+    seed: int = Field(default=0, ge=0)
+    codec: Codec = Codec.INT4
+    top_k: float = Field(default=1.0, gt=0, le=1)
+    """Share of values sent; 1: all (then no positions travel)."""
+    deadline_s: float = Field(default=600.0, gt=0)
+    """Seconds from the announcement after which an answer is no longer used."""
+
+
+class Progress(StrEnum):
+    """States of a task on a device, reported in `TaskAck`."""
+
+    ACCEPTED = "accepted"
+    REFUSED = "refused"
+
+
+class TaskAck(Message):
+    """Device to coordinator: the task arrived (a broker's acknowledgement does not say that)."""
+
+    task: Name
+    device: Name
+    state: Progress
+    reason: str = Field(default="", max_length=1024)
+
+
+class ResultHeader(Message):
+    """Header of a frame of kind RSLT.
+
+    Sections (little-endian float32 vectors but `update`): `update` a `SparseUpdate`, `stats`
+    (S,) BatchNorm statistics after training, `taylor` (U,) sums over steps, `sumsq` (Q,),
+    `bn_sum` and `bn_sumsq` (S/2,), `bn_count` (number of BatchNorms,).
+    """
+
+    task: Name
+    device: Name
+    kind: TaskKind
+    round: int = Field(ge=0)
+    mask_version: int = Field(ge=0)
+    samples: int = Field(ge=1)
+    steps: int = Field(default=0, ge=0)
+    loss: float | None = None
+    correct: int | None = Field(default=None, ge=0)
+    """Correctly classified of `samples` (observe tasks)."""
+    train_s: float = Field(default=0.0, ge=0)
+    rss_mb: float = Field(default=0.0, ge=0)
+
+
+class Announcement(Message):
+    """Coordinator to all: an unsigned hint that the release repository has something new."""
+
+    release: int = Field(ge=0)
+
+
+class Telemetry(Message):
+    """Device to coordinator: how the installed model does."""
+
+    device: Name
+    device_class: Name
+    release: int = Field(default=0, ge=0)
+    """Installed release; 0: none yet."""
+    sha256: Sha256 | None = None
+    state: Literal["empty", "trial", "committed", "rolled_back"] = "empty"
+    accuracy: float | None = Field(default=None, ge=0, le=1)
+    latency_ms: float | None = Field(default=None, ge=0)
+    rss_mb: float = Field(default=0.0, ge=0)
+    bytes_up: int = Field(default=0, ge=0)
+    bytes_down: int = Field(default=0, ge=0)
+    error: str = Field(default="", max_length=1024)
+
+
+class Manifest(Message):
+    """What a release is for one device class (a signed target, `classes/<class>.json`)."""
+
+    release: int = Field(ge=1)
+    device_class: Name
+    model: str = Field(max_length=256)
+    """Target path of the ONNX file."""
+    sha256: Sha256
+    size: int = Field(ge=1)
+    golden: str = Field(max_length=256)
+    """Target path of the golden samples (.npz with `x` (n, ...) and `y` (n, classes))."""
+    tolerance: float = Field(default=1e-3, gt=0)
+    """Largest absolute difference from the golden outputs."""
+    max_latency_ms: float | None = Field(default=None, gt=0)
+    labels: tuple[str, ...] = ()
+    input_shape: tuple[int, ...]
+    macs: int = Field(default=0, ge=0)
+    peak_activation_bytes: int = Field(default=0, ge=0)
+    accuracy: float | None = Field(default=None, ge=0, le=1)
+    round: int = Field(default=0, ge=0)
+    mask_version: int = Field(default=0, ge=0)

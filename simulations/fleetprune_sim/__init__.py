@@ -1,0 +1,1 @@
+"""Fleets in silico: models, data sets, partitions and the demonstration."""
