@@ -5,6 +5,7 @@ hash or by target path. A reader ignores fields it does not know, so a newer pee
 `schema` rises only when an old reader would misread the message, and is then refused.
 """
 
+import hashlib
 from enum import StrEnum
 from typing import Annotated, Literal, Self
 
@@ -51,6 +52,11 @@ class Blob(Message):
 
     sha256: Sha256
     size: int = Field(ge=0)
+
+    @classmethod
+    def of(cls, data: bytes) -> Self:
+        """The name of some bytes."""
+        return cls(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
 
 
 class Enrol(Message):
@@ -121,6 +127,8 @@ class Task(Message):
     max_steps: int = Field(default=0, ge=0)
     """At most so many optimiser steps; 0: as many as the epochs have."""
     learning_rate: float = Field(default=0.0, ge=0)
+    proximal: float = Field(default=0.0, ge=0)
+    """Pull towards the received weights: after each step `w -= lr * proximal * (w - start)`."""
     seed: int = Field(default=0, ge=0)
     codec: Codec = Codec.INT4
     top_k: float = Field(default=1.0, gt=0, le=1)

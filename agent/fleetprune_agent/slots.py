@@ -1,0 +1,382 @@
+"""Two slots and one pointer: a device always has the old model or the new one.
+
+    slots/a/  slots/b/       model.onnx, golden.npz, slot.json (hashes of both, and the manifest)
+    slots/active.json        which slot runs, and whether on trial; replacing it is the switch
+    slots/rejected.json      releases that failed here, so that they are not installed again
+
+A slot counts only while its files match the hashes in its slot.json, which is written last and
+removed first. If the active slot does not count, the other one is used. Nothing here asks the
+time or the network, so a device that was off for months starts like any other.
+
+States of the active release: TRIAL after the switch, COMMITTED after its first real runs. A
+trial that is started `MAX_STARTS` times without being committed is rolled back, which catches a
+model that takes the whole process down.
+"""
+
+import fcntl
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal, TypeVar, cast
+
+from pydantic import Field
+
+from fleetprune.errors import InstallError, MessageError
+from fleetprune.files import sha256_of, storage_errors, sync_file, sync_folder, write_atomic
+from fleetprune.messages import Manifest, Message, Sha256
+
+MODEL = "model.onnx"
+GOLDEN = "golden.npz"
+MAX_STARTS = 3  # starts of a release on trial, and attempts at its health check
+MAX_REJECTED = 32  # remembered; the oldest are forgotten first
+_RECORD = "slot.json"
+_STAGING = "staging.json"
+
+SlotName = Literal["a", "b"]
+
+
+class State(StrEnum):
+    """How far the active release has got."""
+
+    TRIAL = "trial"
+    COMMITTED = "committed"
+
+
+class Pointer(Message):
+    """Content of active.json."""
+
+    slot: SlotName
+    release: int = Field(ge=1)
+    state: State
+    attempts: int = Field(default=0, ge=0)
+    """Starts while on trial."""
+    previous: SlotName | None = None
+    """The slot that ran before and is still whole."""
+
+
+class _Record(Message):
+    manifest: Manifest
+    files: dict[str, Sha256]
+    proven: bool = False
+    """Was committed once."""
+
+
+class _Staging(Message):
+    manifest: Manifest
+    checks: int = Field(default=0, ge=0)
+
+
+class _Rejected(Message):
+    releases: dict[int, str] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """A whole slot: its files were just compared with their recorded hashes."""
+
+    slot: SlotName
+    folder: Path
+    manifest: Manifest
+    state: State
+    proven: bool
+
+    @property
+    def release(self) -> int:
+        """Release number."""
+        return self.manifest.release
+
+    @property
+    def model(self) -> Path:
+        """The ONNX file."""
+        return self.folder / MODEL
+
+
+class Slots:
+    """The slots below one folder. Processes and threads may share it: changes take a lock."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open, or make, `folder/slots`."""
+        self.folder = folder / "slots"
+        self._pointer = self.folder / "active.json"
+        self._thread_lock = threading.RLock()
+        self._lock_file: int | None = None
+        with storage_errors("make", self.folder):
+            for name in ("a", "b"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            sync_folder(self.folder)
+
+    def active(self) -> Installed | None:
+        """The release to run; None: nothing is installed yet.
+
+        This is the pointer's slot, or the other one if the pointer's slot is damaged, or the
+        proven one if the pointer itself is.
+        """
+        while True:
+            pointer = self._read_pointer()
+            found = self._resolve(pointer)
+            if self._read_pointer() == pointer:  # else a switch happened while files were hashed
+                return found
+
+    def version(self) -> tuple[int, int, int] | None:
+        """Changes whenever the pointer is replaced; cheap enough to ask at each prediction."""
+        try:
+            stat = self._pointer.stat()
+        except FileNotFoundError:
+            return None
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+    def start(self) -> Installed | None:
+        """To be called once when the agent starts: counts starts of a trial, ends hopeless ones.
+
+        Returns:
+            What to run, as `active`.
+        """
+        with self._locked():
+            pointer, found = self._read_pointer(), self.active()
+            if pointer is None or found is None:
+                return found
+            if found.slot != pointer.slot:  # damaged; not the release's fault: it may come again
+                self._point(found, previous=None)
+            elif self.fallback(found) is None:
+                return found  # nothing to go back to: whatever this is, it is better than none
+            elif found.release in self.rejected():  # killed in the middle of a rollback
+                return self._step_back(found)
+            elif found.state is State.TRIAL and pointer.attempts >= MAX_STARTS:
+                return self.rollback(f"not committed in {MAX_STARTS} starts")
+            elif found.state is State.TRIAL:
+                self._write_pointer(pointer.model_copy(update={"attempts": pointer.attempts + 1}))
+            return self.active()
+
+    def stage(self, manifest: Manifest) -> Path:
+        """Prepare the idle slot for a release; what is there of the same one is kept.
+
+        A release still on trial gives way first, to the proven one: otherwise the only model
+        that is known to work would be overwritten.
+
+        Returns:
+            The folder to put `MODEL` and `GOLDEN` into.
+        """
+        with self._locked():
+            active = self.active()
+            if active is not None and active.state is State.TRIAL:
+                active = self._step_back(active) or active
+            folder = self.folder / self._idle(active)
+            self._forget_previous(folder.name)
+            staging = _Staging(manifest=manifest)
+            found = _read(folder / _STAGING, _Staging)
+            if found is None or found.manifest != manifest:
+                _wipe(folder)
+                write_atomic(folder / _STAGING, staging.to_bytes())
+            return folder
+
+    def begin_check(self, manifest: Manifest) -> int:
+        """Count an attempt at the health check of the staged release, before it is made.
+
+        Returns:
+            Attempts including this one; more than `MAX_STARTS` says that the model kills the
+            process that tries it.
+        """
+        with self._locked():
+            path = self._staged(manifest) / _STAGING
+            staging = _read(path, _Staging)
+            checks = 1 if staging is None else staging.checks + 1
+            write_atomic(path, _Staging(manifest=manifest, checks=checks).to_bytes())
+            return checks
+
+    def switch(self, manifest: Manifest) -> Installed:
+        """Make the staged release active, on trial: durable files first, then the pointer.
+
+        Raises:
+            InstallError: The staged files are not those of the manifest, or the disk refuses.
+        """
+        with self._locked():
+            before = self.active()
+            folder = self._staged(manifest)
+            with storage_errors("seal", folder):
+                files = {name: sha256_of(folder / name) for name in (MODEL, GOLDEN)}
+                if files[MODEL] != manifest.sha256:
+                    raise InstallError(
+                        f"{folder / MODEL} has sha256 {files[MODEL]}, expected {manifest.sha256}"
+                    )
+                for name in files:
+                    sync_file(folder / name)
+            write_atomic(folder / _RECORD, _Record(manifest=manifest, files=files).to_bytes())
+            found = self._whole(cast(SlotName, folder.name), State.TRIAL)
+            if found is None:
+                raise InstallError(f"{folder} changed while it was sealed")
+            self._point(found, previous=None if before is None else before.slot)
+            with storage_errors("clean", folder):
+                (folder / _STAGING).unlink(missing_ok=True)
+            return found
+
+    def commit(self) -> None:
+        """The active release works on real data; does nothing if that was known."""
+        with self._locked():
+            pointer, found = self._read_pointer(), self.active()
+            if pointer is None or found is None or found.slot != pointer.slot:
+                return
+            if not found.proven:
+                record = _read(found.folder / _RECORD, _Record)
+                if record is None:
+                    raise InstallError(f"{found.folder / _RECORD} cannot be read")
+                proven = record.model_copy(update={"proven": True})
+                write_atomic(found.folder / _RECORD, proven.to_bytes())
+            if pointer.state is not State.COMMITTED:
+                self._write_pointer(
+                    pointer.model_copy(update={"state": State.COMMITTED, "attempts": 0})
+                )
+            self._write_rejected({k: v for k, v in self.rejected().items() if k != found.release})
+
+    def rollback(self, reason: str) -> Installed | None:
+        """The active release failed: remember that, and go back to the other slot.
+
+        Returns:
+            What runs now; None: there is nothing to go back to, the release stays.
+
+        Raises:
+            InstallError: The pointer cannot be written; `fallback` still says what to run.
+        """
+        with self._locked():
+            active = self.active()
+            if active is None:
+                return None
+            with suppress(InstallError):  # on a full disk, going back matters more than the note
+                self.reject(active.release, reason)
+            return self._step_back(active)
+
+    def fallback(self, active: Installed) -> Installed | None:
+        """The other slot, if it is whole, ran before and did not fail."""
+        other = self._whole(_other(active.slot), State.COMMITTED)
+        if other is None or other.release in self.rejected():
+            return None
+        if other.proven:
+            return other
+        pointer = self._read_pointer()
+        ran = pointer is not None and pointer.previous == other.slot
+        return replace(other, state=State.TRIAL) if ran else None
+
+    def reject(self, release: int, reason: str) -> None:
+        """Remember that a release failed on this device."""
+        with self._locked():
+            known = self.rejected()
+            if release not in known:
+                self._write_rejected({**known, release: " ".join(reason.split())[:200]})
+
+    def rejected(self) -> dict[int, str]:
+        """Releases that failed here, and why."""
+        found = _read(self.folder / "rejected.json", _Rejected)
+        return {} if found is None else found.releases
+
+    def reclaimable(self) -> int:
+        """Bytes in the idle slot, which the next release may use."""
+        folder = self.folder / self._idle(self.active())
+        return sum(p.stat().st_blocks * 512 for p in folder.iterdir() if p.is_file())
+
+    def _resolve(self, pointer: Pointer | None) -> Installed | None:
+        if pointer is None:
+            both = [self._whole(name, State.COMMITTED) for name in ("a", "b")]
+            proven = [found for found in both if found is not None and found.proven]
+            return max(proven, key=self._preference, default=None)
+        found = self._whole(pointer.slot, pointer.state)
+        if found is not None and found.release == pointer.release:
+            return found
+        other = self._whole(_other(pointer.slot), State.COMMITTED)
+        if other is not None and (other.proven or pointer.previous == other.slot):
+            return other
+        return None
+
+    def _preference(self, found: Installed) -> tuple[bool, int]:
+        return found.release not in self.rejected(), found.release
+
+    def _whole(self, slot: SlotName, state: State) -> Installed | None:
+        folder = self.folder / slot
+        record = _read(folder / _RECORD, _Record)
+        if record is None or set(record.files) != {MODEL, GOLDEN}:
+            return None
+        with suppress(OSError):
+            if all(sha256_of(folder / name) == sha for name, sha in record.files.items()):
+                return Installed(slot, folder, record.manifest, state, record.proven)
+        return None
+
+    def _step_back(self, active: Installed) -> Installed | None:
+        other = self.fallback(active)
+        if other is not None:
+            self._point(other, previous=None)
+        return other
+
+    def _idle(self, active: Installed | None) -> SlotName:
+        return "a" if active is None else _other(active.slot)
+
+    def _staged(self, manifest: Manifest) -> Path:
+        folder = self.folder / self._idle(self.active())
+        staging = _read(folder / _STAGING, _Staging)
+        if staging is None or staging.manifest != manifest:
+            raise InstallError(f"release {manifest.release} is not staged in {folder}")
+        return folder
+
+    def _forget_previous(self, slot: str) -> None:
+        pointer = self._read_pointer()
+        if pointer is not None and pointer.previous == slot:
+            self._write_pointer(pointer.model_copy(update={"previous": None}))
+
+    def _point(self, to: Installed, previous: SlotName | None) -> None:
+        self._write_pointer(
+            Pointer(slot=to.slot, release=to.release, state=to.state, previous=previous)
+        )
+
+    def _write_pointer(self, pointer: Pointer) -> None:
+        write_atomic(self._pointer, pointer.to_bytes())
+
+    def _write_rejected(self, releases: dict[int, str]) -> None:
+        newest = dict(sorted(releases.items())[-MAX_REJECTED:])
+        if newest != self.rejected():
+            write_atomic(self.folder / "rejected.json", _Rejected(releases=newest).to_bytes())
+
+    def _read_pointer(self) -> Pointer | None:
+        return _read(self._pointer, Pointer)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One change at a time, between threads and processes; a kill releases it."""
+        with self._thread_lock:
+            if self._lock_file is not None:  # this thread holds it further up
+                yield
+                return
+            path = self.folder / ".lock"
+            with storage_errors("lock", path):
+                self._lock_file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self._lock_file, fcntl.LOCK_EX)
+                yield
+            finally:
+                os.close(self._lock_file)
+                self._lock_file = None
+
+
+M = TypeVar("M", bound=Message)
+
+
+def _read(path: Path, kind: type[M]) -> M | None:
+    """A small file of ours; None where it is missing or damaged."""
+    try:
+        return kind.from_bytes(path.read_bytes())
+    except (OSError, MessageError):
+        return None
+
+
+def _other(slot: SlotName) -> SlotName:
+    return "b" if slot == "a" else "a"
+
+
+def _wipe(folder: Path) -> None:
+    """Empty a slot, its record first, so that it stops counting before it stops being whole."""
+    with storage_errors("clean", folder):
+        (folder / _RECORD).unlink(missing_ok=True)
+        sync_folder(folder)
+        for path in folder.iterdir():
+            path.unlink()
+        sync_folder(folder)

@@ -1,0 +1,103 @@
+"""Local training: the optimiser steps of one task, with all state in NumPy vectors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetprune.errors import GraphError
+from fleetprune.model_payload import ModelPayload
+from fleetprune_agent.data import Batches
+from fleetprune_agent.sessions import Session, require_finite, run_graph
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What training made of a model.
+
+    Attributes:
+        params: (P,) float32.
+        stats: (S,) float32, BatchNorm running means and variances.
+        taylor: (U,) float32, sum over steps; None where the graph has no gates.
+        steps: Optimiser steps taken.
+        loss: Mean over the samples seen; None without steps.
+    """
+
+    params: NDArray[np.float32]
+    stats: NDArray[np.float32]
+    taylor: NDArray[np.float32] | None
+    steps: int
+    loss: float | None
+
+
+def train(
+    steps: Sequence[Session],
+    payload: ModelPayload,
+    batches: Batches,
+    *,
+    epochs: int,
+    max_steps: int,
+    learning_rate: float,
+    rng: np.random.Generator,
+) -> Trained:
+    """Train for some epochs, each step with one of several graphs, drawn evenly.
+
+    The graphs share the weights and differ in what else the step teaches (self-distillation
+    partners). Momentum starts at zero: a device is asked again after many rounds, if at all, and
+    an old direction would pull away from a model that has moved on.
+
+    Args:
+        steps: At least one `train_step` graph, all of one batch size.
+        payload: Where training starts; not changed.
+        batches: Labelled samples in batches of that size.
+        epochs: Passes over the samples.
+        max_steps: At most so many steps; 0: as many as the epochs have.
+        learning_rate: Of every step.
+        rng: Draws the graphs.
+
+    Returns:
+        The trained model.
+
+    Raises:
+        GraphError: The loss or a weight is not finite, or the runtime fails.
+    """
+    total = epochs * len(batches)
+    if max_steps:
+        total = min(total, max_steps)
+    state = {"params": payload.params, "stats": payload.stats}
+    state["momentum"] = np.zeros_like(payload.params)
+    rate = np.array(learning_rate, np.float32)
+    taylor: NDArray[np.float64] | None = None
+    loss_sum, seen, taken = 0.0, 0, 0
+    while taken < total:
+        for batch in batches:
+            session = steps[int(rng.integers(len(steps)))] if len(steps) > 1 else steps[0]
+            feeds = {"x": batch.x, "y": batch.y, "sw": batch.sw, "lr": rate, **state}
+            out = run_graph(session, feeds)
+            taken += 1
+            loss = float(out["loss"])
+            if not np.isfinite(loss):
+                raise GraphError(
+                    f"step {taken} of {total}: loss is {loss}, expected a finite number: "
+                    f"learning rate {learning_rate:g} may be too high"
+                )
+            loss_sum += loss * batch.samples
+            seen += batch.samples
+            state = {k: out.get(f"{k}_out", v) for k, v in state.items()}
+            if "taylor" in out:
+                score = out["taylor"].astype(np.float64)
+                taylor = score if taylor is None else taylor + score
+            if taken == total:
+                break
+    for what in ("params", "stats"):
+        require_finite(f"{what} after {taken} steps", state[what])
+    if taylor is not None:
+        require_finite(f"taylor after {taken} steps", taylor)
+    return Trained(
+        params=state["params"],
+        stats=state["stats"],
+        taylor=None if taylor is None else taylor.astype(np.float32),
+        steps=taken,
+        loss=loss_sum / seen if seen else None,
+    )

@@ -1,0 +1,292 @@
+"""One task, from its message to the bytes of its answer. Knows nothing of any transport.
+
+The same `Worker` runs on a device and in a simulation; only the `TaskSource` differs (signed
+targets over MQTT, or memory) and where answers are kept (`feedback.OnDisk`, `feedback.InMemory`).
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetprune.errors import DataError, GraphError, MessageError, TransportError, WireError
+from fleetprune.messages import Blob, GraphRef, ResultHeader, Task, TaskKind
+from fleetprune.model_payload import ModelPayload, decode_model
+from fleetprune.result import encode_result
+from fleetprune.update import SparseUpdate, decode_update, top_k
+from fleetprune_agent.data import Batches, Samples
+from fleetprune_agent.feedback import Memory, MemoryStore
+from fleetprune_agent.memory import rss_mb
+from fleetprune_agent.observer import observe
+from fleetprune_agent.sessions import Graph, Graphs, require_finite
+from fleetprune_agent.trainer import train
+
+
+class TaskSource(Protocol):
+    """Where the large parts of a task come from. The worker checks all bytes by their hashes."""
+
+    def graph(self, ref: GraphRef) -> bytes:
+        """The ONNX bytes; TransportError, TrustError or InstallError if they cannot be had."""
+        ...
+
+    def model(self, blob: Blob) -> bytes:
+        """A frame of kind MODL; TransportError or InstallError if it cannot be had."""
+        ...
+
+
+class _Closed:
+    """The source of a worker that is given one per task."""
+
+    def graph(self, ref: GraphRef) -> bytes:
+        raise TransportError(f"no source to read {ref.target} from")
+
+    def model(self, blob: Blob) -> bytes:
+        raise TransportError(f"no source to read {blob.sha256} from")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """Who the worker works for."""
+
+    device: str
+    trains: bool = True
+    """False: training tasks are refused."""
+
+
+class Worker:
+    """Does a device's tasks, one at a time."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        samples: Samples,
+        graphs: Graphs,
+        answers: MemoryStore,
+        source: TaskSource | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Make a worker.
+
+        Args:
+            settings: Who the worker works for.
+            samples: What it trains on and observes.
+            graphs: Sessions; may be shared by the workers of one process.
+            answers: Where residual and answers are kept; its own.
+            source: Where graphs and models come from, unless `handle` is given another.
+            clock: Seconds; how long work took goes into the answer.
+        """
+        self.settings, self.samples, self.graphs = settings, samples, graphs
+        self._answers, self._source, self._clock = answers, source or _Closed(), clock
+
+    def answer(self, task: str) -> bytes | None:
+        """The stored answer to a task; None if it has not been answered, or long ago."""
+        return self._answers.load().answers.get(task)
+
+    def handle(self, task: Task, source: TaskSource | None = None) -> bytes:
+        """Do a task, or find the answer that was given to it before.
+
+        Answer and residual are stored by one atomic write, the last thing that happens here, so
+        a kill at any instant leaves either a task that was never done or one that is done for
+        good (see `feedback`).
+
+        Args:
+            task: For this device.
+            source: Instead of the worker's own.
+
+        Returns:
+            A frame of kind RSLT.
+
+        Raises:
+            MessageError: The task is for another device.
+            DataError: The device's data or settings do not allow it.
+            GraphError: No graph works here, or training diverged.
+            HostileInputError: What came from the source is not what the task names.
+            TransportError: The source does not answer; the task may be tried again.
+            InstallError: The disk refuses; nothing has changed.
+        """
+        if task.device != self.settings.device:
+            raise MessageError(
+                f"task {task.task} is for device {task.device}, this is {self.settings.device}"
+            )
+        memory = self._answers.load()
+        if (known := memory.answers.get(task.task)) is not None:
+            return known
+        source = source or self._source
+        graphs = self._resolve(task, source)
+        payload = self._payload(task, source, graphs[0])
+        started = self._clock()
+        if task.kind is TaskKind.TRAIN:
+            memory, answer = self._train(task, graphs, payload, memory, started)
+        else:
+            answer = self._observe(task, graphs[0], payload, started)
+        self._answers.save(memory.answered(task.task, answer))
+        return answer
+
+    def _resolve(self, task: Task, source: TaskSource) -> list[Graph]:
+        """The task's graphs, or the portable ones where the fast ones do not work."""
+        if task.kind is TaskKind.TRAIN:
+            if not self.settings.trains:
+                raise DataError(f"task {task.task} trains, but this device has trains = false")
+            if self.samples.y is None:
+                raise DataError(f"task {task.task} trains, but this device's data has no labels")
+        try:
+            graphs = [self._graph(ref, task, source) for ref in task.graphs]
+        except GraphError:
+            if not task.portable:
+                raise
+            graphs = [self._graph(ref, task, source) for ref in task.portable]
+        first = graphs[0].meta
+        for g in graphs[1:]:
+            if (g.meta.parameters, g.meta.statistics, g.meta.batch, g.meta.units) != (
+                first.parameters,
+                first.statistics,
+                first.batch,
+                first.units,
+            ):
+                raise GraphError(f"task {task.task}: its graphs are of different shapes")
+        return graphs
+
+    def _graph(self, ref: GraphRef, task: Task, source: TaskSource) -> Graph:
+        graph = self.graphs.get(ref, source.graph)
+        meta = graph.meta
+        kind = "train_step" if task.kind is TaskKind.TRAIN else "observe"
+        if meta.kind != kind or not meta.batch:
+            raise GraphError(f"{ref.target} is a graph of kind {meta.kind}, expected {kind}")
+        y = meta.verification.y
+        self.samples.expect(tuple(meta.verification.x.shape[1:]), None if y is None else y.high)
+        return graph
+
+    def _payload(self, task: Task, source: TaskSource, graph: Graph) -> ModelPayload:
+        data = source.model(task.model)
+        got = (hashlib.sha256(data).hexdigest(), len(data))
+        if got != (task.model.sha256, task.model.size):
+            raise WireError(
+                f"model of {got[1]} bytes with SHA-256 {got[0]}, "
+                f"expected {task.model.size} bytes with {task.model.sha256}"
+            )
+        meta = graph.meta
+        payload = decode_model(data, parameters=meta.parameters, statistics=meta.statistics)
+        if (payload.mask_version, payload.round) != (task.mask_version, task.round):
+            raise WireError(
+                f"model of mask version {payload.mask_version} and round {payload.round}, "
+                f"expected {task.mask_version} and {task.round}"
+            )
+        return payload
+
+    def _train(
+        self,
+        task: Task,
+        graphs: list[Graph],
+        payload: ModelPayload,
+        memory: Memory,
+        started: float,
+    ) -> tuple[Memory, bytes]:
+        order, choice, rounding = _streams(task)
+        batches = Batches(self.samples.x, self.samples.y, graphs[0].meta.batch or 1, order)
+        trained = train(
+            [g.session for g in graphs],
+            payload,
+            batches,
+            epochs=task.epochs,
+            max_steps=task.max_steps,
+            learning_rate=task.learning_rate,
+            rng=choice,
+        )
+        seconds = self._clock() - started
+        with np.errstate(over="ignore", invalid="ignore"):  # refused on the next line but one
+            total = trained.params - payload.params
+            total += memory.residual_for(task.mask_version, task.shape, total.size)
+        require_finite("update", total)
+        update, left_out = lossy(total, task, rounding)
+        sections = {"stats": trained.stats} if trained.stats.size else {}
+        if trained.taylor is not None:
+            sections["taylor"] = trained.taylor
+        header = self._header(task, seconds, steps=trained.steps, loss=trained.loss)
+        answer = encode_result(header, sections, update)
+        return memory.left_out(task.mask_version, task.shape, left_out), answer
+
+    def _observe(self, task: Task, graph: Graph, payload: ModelPayload, started: float) -> bytes:
+        batches = Batches(self.samples.x, self.samples.y, graph.meta.batch or 1)
+        seen = observe(graph.session, payload, batches)
+        header = self._header(task, self._clock() - started, correct=seen.correct)
+        return encode_result(header, seen.sums, None)
+
+    def _header(
+        self,
+        task: Task,
+        seconds: float,
+        *,
+        steps: int = 0,
+        loss: float | None = None,
+        correct: int | None = None,
+    ) -> ResultHeader:
+        return ResultHeader(
+            task=task.task,
+            device=task.device,
+            kind=task.kind,
+            round=task.round,
+            mask_version=task.mask_version,
+            samples=len(self.samples),
+            steps=steps,
+            loss=loss,
+            correct=correct,
+            train_s=max(0.0, round(seconds, 4)),
+            rss_mb=round(rss_mb(), 1),
+        )
+
+
+def lossy(
+    total: NDArray[np.float32], task: Task, rng: np.random.Generator
+) -> tuple[bytes, NDArray[np.float32]]:
+    """Encode a change as the task asks, and say what that leaves out.
+
+    Args:
+        total: (P,) float32, the change and what earlier updates left out.
+        task: Says codec and share of values.
+        rng: For stochastic rounding.
+
+    Returns:
+        The encoded update, and (P,) float32: `total` less what its receiver will decode.
+    """
+    positions = top_k(total, task.top_k) if task.top_k < 1 else None
+    values = total if positions is None else total[positions]
+    update = SparseUpdate(task.mask_version, total.size, values, positions)
+    encoded = update.encode(task.codec, rng)
+    sent = decode_update(encoded, mask_version=task.mask_version, size=total.size)
+    return encoded, total - sent.dense()
+
+
+def _streams(task: Task) -> list[np.random.Generator]:
+    """Independent generators for order, graphs and rounding, of the task's seed and device."""
+    name = int.from_bytes(hashlib.blake2b(task.device.encode(), digest_size=8).digest())
+    return [np.random.default_rng(s) for s in np.random.SeedSequence([task.seed, name]).spawn(3)]
+
+
+class _ReadSource:
+    """Everything by name from one function: graphs by target path, models by SHA-256."""
+
+    def __init__(self, read: Callable[[str], bytes]) -> None:
+        self._read = read
+
+    def graph(self, ref: GraphRef) -> bytes:
+        return self._read(ref.target)
+
+    def model(self, blob: Blob) -> bytes:
+        return self._read(blob.sha256)
+
+
+def as_loop_device(worker: Worker) -> Callable[[bytes, Callable[[str], bytes]], bytes]:
+    """A simulated device: a function from a task's JSON and a reader of blobs to its answer.
+
+    The reader is asked for graphs by `GraphRef.target` and for models by `Blob.sha256`. What
+    `Worker.handle` raises is raised.
+    """
+
+    def device(task: bytes, read: Callable[[str], bytes]) -> bytes:
+        return worker.handle(Task.from_bytes(task), _ReadSource(read))
+
+    return device

@@ -1,0 +1,87 @@
+"""From the fleet's shared weights to the file that one class runs."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fleetprune.costs import Costs
+from fleetprune.errors import GraphError
+from fleetprune.layout import Architecture
+from fleetprune_coordinator.fleet_model import FleetModel
+from fleetprune_coordinator.graphs import export_infer
+from fleetprune_coordinator.onnx_costs import file_costs
+from fleetprune_coordinator.resize import extract
+
+GOLDEN_TOLERANCE = 1e-3
+"""Largest difference of logits between this machine and a device: float32 sums in other orders."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A class's model as it is shipped."""
+
+    onnx: bytes
+    golden: bytes
+    """An .npz with `x` (n, ...) inputs and `y` (n, classes) the outputs of float64 torch."""
+    costs: Costs
+    """Measured on the file."""
+    parameters: int
+
+
+def build(
+    model: nn.Module,
+    architecture: Architecture,
+    state: FleetModel,
+    name: str,
+    samples: NDArray[np.float32],
+) -> Artifact:
+    """Extract a class's network, export it and measure the file.
+
+    Args:
+        model: The user's model, any weights.
+        architecture: Its description.
+        state: The fleet's weights.
+        name: The device class.
+        samples: (n, ...) inputs whose outputs the device must reproduce before it switches.
+
+    Returns:
+        The artifact; its budget is not checked here.
+
+    Raises:
+        GraphError: The exported file does not compute what torch does.
+    """
+    keep = state.shapes[name]
+    small = extract(model, architecture, state.params, state.stats[name], keep).eval()
+    onnx = export_infer(small, torch.zeros(1, *architecture.input_shape)).onnx
+    with torch.no_grad():
+        expected = small.double()(torch.from_numpy(samples).double()).numpy()
+    outputs = predict(onnx, samples)
+    worst = float(np.abs(outputs - expected).max())
+    if not worst <= GOLDEN_TOLERANCE:
+        raise GraphError(
+            f"class {name}: the exported file differs from torch by {worst:.2g}, "
+            f"expected at most {GOLDEN_TOLERANCE:.2g}"
+        )
+    golden = io.BytesIO()
+    np.savez(golden, x=samples, y=expected.astype(np.float32))
+    parameters = sum(p.numel() for p in small.parameters())
+    return Artifact(onnx, golden.getvalue(), file_costs(onnx), parameters)
+
+
+def predict(onnx: bytes, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Outputs (n, classes) of an inference file for (n, ...) inputs, on this machine."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: x}
+    return np.asarray(session.run(None, feed)[0], np.float32)
+
+
+def accuracy(onnx: bytes, x: NDArray[np.float32], y: NDArray[np.int64]) -> float:
+    """Share of (n, ...) inputs whose largest output is their label (n,)."""
+    return float((predict(onnx, x).argmax(axis=1) == y).mean())

@@ -1,0 +1,239 @@
+"""The coordinator's side of block transfers: hands out blocks of files, takes in results.
+
+It keeps no state per download, so devices may vanish and come back as they like, and per upload
+only a part file, so the coordinator may too. Payloads are unverified; one device's nonsense ends
+in a WireError for that message and touches nothing else.
+"""
+
+import hashlib
+import logging
+import os
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+
+from fleetprune.blocks import (
+    Block,
+    NotFound,
+    Put,
+    RefusedError,
+    Request,
+    Stored,
+    StoreState,
+    block_length,
+    count_blocks,
+    decode,
+)
+from fleetprune.errors import HostileInputError, WireError
+from fleetprune.files import storage_errors
+from fleetprune.partfile import PartFile
+
+log = logging.getLogger(__name__)
+
+MAX_PUT = 64 * 1024 * 1024  # bytes; an fp32 update of 16 million parameters
+OPEN_FILES = 32  # files kept open between requests: the current models, graphs and releases
+SPOOL_S = 7 * 24 * 3600.0  # no round lasts a week: what is older is nobody's upload any more
+OPEN_SPOOLS = 64  # uploads kept open; more are reopened from disk, which reads them once
+
+
+class Admission(Enum):
+    """What is to be done with a name that a device wants to put."""
+
+    ACCEPT = auto()
+    DONE = auto()
+    """It is stored already: confirm, take nothing."""
+    REFUSE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenFile:
+    identity: tuple[int, int, int]
+    """Inode, modification time in ns, bytes: another file under the same name differs in one."""
+    descriptor: int
+
+    @property
+    def edition(self) -> int:
+        return zlib.crc32(repr(self.identity).encode())
+
+
+class BlockServer:
+    """Answers `Request` and `Put` messages; used by one thread."""
+
+    def __init__(
+        self,
+        read: Callable[[str], Path | bytes | None],
+        store: Callable[[str, str, bytes], None],
+        spool: Path,
+        *,
+        admit: Callable[[str, str], Admission] = lambda device, name: Admission.ACCEPT,
+        max_put: int = MAX_PUT,
+    ) -> None:
+        """Open the spool.
+
+        Args:
+            read: File or bytes behind a name (a plain relative path); None: there is none.
+            store: Keeps (device, name, data) for good before it returns; the device forgets its
+                copy after that. RefusedError or HostileInputError: never wanted. Any other
+                error: not now, the device is left to try again.
+            spool: Folder for uploads that are not complete; created.
+            admit: Asked with (device, name) before anything of an upload is kept.
+            max_put: Largest upload in bytes.
+        """
+        self._read, self._store, self._admit = read, store, admit
+        self._spool, self._max_put = spool, max_put
+        self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
+        self._spools: OrderedDict[Path, PartFile] = OrderedDict()
+        with storage_errors("create", spool):
+            spool.mkdir(parents=True, exist_ok=True)
+            for left in spool.glob("*.part*"):
+                if time.time() - left.stat().st_mtime > SPOOL_S:
+                    left.unlink()
+
+    def close(self) -> None:
+        """Release all files; the spool stays."""
+        for part in self._spools.values():
+            part.close()
+        for file in self._files.values():
+            os.close(file.descriptor)
+        self._spools.clear()
+        self._files.clear()
+
+    def get(self, payload: bytes) -> Iterator[bytes]:
+        """The answers to an unverified `Request`, one block at a time.
+
+        Raises:
+            WireError: It is not a request, or asks for blocks that do not exist.
+        """
+        request = decode(payload)
+        if not isinstance(request, Request):
+            raise WireError(f"{type(request).__name__} where a request was expected")
+        found = self._read(request.name)
+        source = self._open(found) if isinstance(found, Path) else found
+        if source is None:
+            yield NotFound(request.transfer).encode()
+            return
+        if isinstance(source, bytes):
+            size, edition = len(source), zlib.crc32(source)
+        else:
+            size, edition = source.identity[2], source.edition
+        for index in request.indices:
+            length = block_length(index, size, request.block_size)
+            start = index * request.block_size
+            if isinstance(source, bytes):
+                data = source[start : start + length]
+            else:
+                data = os.pread(source.descriptor, length, start)
+            block = Block(request.transfer, index, edition, request.block_size, size, data)
+            yield block.encode()
+
+    def _open(self, path: Path) -> _OpenFile | None:
+        """The file as it is now; kept open, since requests for one file come in flocks."""
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            self._forget(path)
+            return None
+        identity = (status.st_ino, status.st_mtime_ns, status.st_size)
+        known = self._files.get(path)
+        if known is not None and known.identity == identity:
+            self._files.move_to_end(path)
+            return known
+        self._forget(path)
+        with storage_errors("open", path):
+            descriptor = os.open(path, os.O_RDONLY)
+            status = os.fstat(descriptor)
+        identity = (status.st_ino, status.st_mtime_ns, status.st_size)
+        opened = self._files[path] = _OpenFile(identity, descriptor)
+        if len(self._files) > OPEN_FILES:
+            self._forget(next(iter(self._files)))
+        return opened
+
+    def _forget(self, path: Path) -> None:
+        known = self._files.pop(path, None)
+        if known is not None:
+            os.close(known.descriptor)
+
+    def put(self, device: str, payload: bytes) -> bytes | None:
+        """Take in an unverified `Put` of `device`.
+
+        Args:
+            device: Whom the transport knows the sender to be.
+            payload: The message.
+
+        Returns:
+            The answer for the device; None if storing failed and the device is to try again.
+
+        Raises:
+            WireError: It is not a put.
+        """
+        put = decode(payload)
+        if not isinstance(put, Put):
+            raise WireError(f"{type(put).__name__} where a put was expected")
+        admission = self._admit(device, put.name)
+        if admission is Admission.DONE:
+            return _answer(put, StoreState.COMPLETE)
+        if admission is Admission.REFUSE:
+            return _answer(put, StoreState.REFUSED, f"{put.name} is not asked of {device}")
+        if put.size > self._max_put:
+            return _answer(
+                put, StoreState.REFUSED, f"{put.size} bytes, expected at most {self._max_put}"
+            )
+        part = self._part(device, put)
+        part.write(put.index, put.data)
+        if not part.complete:
+            return Stored(
+                put.transfer,
+                StoreState.RECEIVING,
+                put.sha256,
+                frozenset(part.have),
+                count_blocks(put.size, put.block_size),
+            ).encode()
+        return self._complete(device, put, part)
+
+    def _complete(self, device: str, put: Put, part: PartFile) -> bytes | None:
+        data = part.content()
+        if data is None:
+            # The spool went bad, for the CRC of every block was right: begin again.
+            self._spools.pop(part.path, None)
+            log.warning("%s of %s did not have its SHA-256 and is fetched again", put.name, device)
+            count = count_blocks(put.size, put.block_size)
+            return Stored(
+                put.transfer, StoreState.RECEIVING, put.sha256, frozenset(), count
+            ).encode()
+        try:
+            self._store(device, put.name, data)
+        except (RefusedError, HostileInputError) as e:
+            log.warning("%s of %s is refused: %s", put.name, device, e)
+            answer = _answer(put, StoreState.REFUSED, str(e))
+        except Exception:
+            log.exception("%s of %s could not be stored; it stays in the spool", put.name, device)
+            return None
+        else:
+            answer = _answer(put, StoreState.COMPLETE)
+        self._spools.pop(part.path, None)
+        part.discard()
+        return answer
+
+    def _part(self, device: str, put: Put) -> PartFile:
+        """The part file of (device, name); another content under that name replaces it."""
+        key = hashlib.sha256(f"{device}\n{put.name}".encode()).hexdigest()[:32]
+        path = self._spool / f"{key}.part"
+        part = self._spools.get(path)
+        same = (put.size, put.sha256, put.block_size)
+        if part is not None and (part.size, part.sha256, part.block_size) == same:
+            self._spools.move_to_end(path)
+            return part
+        if part is not None:
+            part.close()
+        part = self._spools[path] = PartFile(path, put.size, put.sha256, put.block_size)
+        if len(self._spools) > OPEN_SPOOLS:
+            self._spools.popitem(last=False)[1].close()
+        return part
+
+
+def _answer(put: Put, state: StoreState, reason: str = "") -> bytes:
+    return Stored(put.transfer, state, put.sha256, reason=reason).encode()

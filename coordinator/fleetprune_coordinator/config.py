@@ -1,0 +1,255 @@
+"""The fleet's description, `fleet.toml`: read once, checked whole, refused in one line."""
+
+import json
+import math
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from fleetprune.budgets import Allocation, Budget
+from fleetprune.costs import Costs
+from fleetprune.errors import ConfigError
+from fleetprune.messages import Codec, Name
+from fleetprune.mqtt import BrokerSettings
+from fleetprune.schedule import PolynomialDecay
+from fleetprune_coordinator.config_errors import explain
+from fleetprune_coordinator.imports import import_object
+from fleetprune_coordinator.ledger import Criterion
+
+Dotted = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
+"""`module:name`, to be imported."""
+
+
+def _from_base(path: Path, info: ValidationInfo) -> Path:
+    base: Path | None = (info.context or {}).get("base")
+    return path if base is None else base / path
+
+
+LocalPath = Annotated[Path, AfterValidator(_from_base)]
+"""A path; a relative one starts at the folder of the file."""
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """The user's model."""
+
+    factory: Dotted
+    """Called with `arguments`, returns a `torch.nn.Module`."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    input_shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
+    """Of one sample, without the batch."""
+    labels: tuple[str, ...] = ()
+    classes: int | None = Field(default=None, ge=2)
+    """How many outputs, where they have no names."""
+    loss: Annotated[str, StringConstraints(pattern=r"^cross_entropy$|^[\w.]+:[\w.]+$")] = (
+        "cross_entropy"
+    )
+    """`cross_entropy` or `module:function` (logits, targets) -> scalar."""
+    initial: LocalPath | None = None
+    """A state_dict to start from."""
+
+    @model_validator(mode="after")
+    def _know_the_outputs(self) -> Self:
+        if bool(self.labels) == (self.classes is not None):
+            raise ValueError("give either labels or classes")
+        if self.labels and len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels are not distinct")
+        if len(self.labels) == 1:
+            raise ValueError("one label, expected at least 2")
+        return self
+
+    @property
+    def outputs(self) -> int:
+        """Number of classes that the model tells apart."""
+        return self.classes if self.classes is not None else len(self.labels)
+
+
+class TrainingConfig(_Section):
+    """How the rounds run; the defaults won on small image and motion tasks."""
+
+    rounds: int = Field(default=20, ge=1)
+    devices_per_round: int = Field(default=8, ge=1)
+    min_devices: int = Field(default=2, ge=1)
+    """Fewer online devices than this: wait."""
+    epochs: int = Field(default=1, ge=1)
+    max_steps: int = Field(default=0, ge=0)
+    """Per task; 0: as many as the epochs have."""
+    batch: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=0.1, gt=0)
+    final_learning_rate_share: float = Field(default=0.05, ge=0, le=1)
+    """Of `learning_rate`, reached in the last round along a cosine."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    codec: Codec = Codec.INT4
+    down_codec: Codec = Codec.FP16
+    top_k: Share = 1.0
+    """Share of values that a device sends."""
+    round_timeout_s: float = Field(default=120.0, gt=0)  # seconds
+    quorum: Share = 1.0
+    """Share of answers that closes a round before its timeout."""
+    remask_every: int = Field(default=5, ge=0)
+    """Rounds between new masks; 0: never again after the first."""
+    criterion: Criterion = Criterion.TAYLOR
+    distill_weight: float = Field(default=1.0, ge=0)
+    calibration_passes: int = Field(default=8, ge=0)
+    seed: int = Field(default=0, ge=0)
+    stratified: bool = True
+    """Draw from every class in turn instead of from the whole fleet."""
+
+    @model_validator(mode="after")
+    def _enough_devices(self) -> Self:
+        if self.min_devices > self.devices_per_round:
+            raise ValueError(
+                f"min_devices {self.min_devices} is more than "
+                f"devices_per_round {self.devices_per_round}"
+            )
+        return self
+
+
+class PruningConfig(_Section):
+    """How a budget becomes keep counts."""
+
+    channel_multiple: int = Field(default=8, ge=1)
+    allocation: Allocation = Allocation.UNIFORM
+
+
+class ClassConfig(_Section):
+    """What one device class can hold: absolute figures, or shares of the dense model's."""
+
+    flash_bytes: int | None = Field(default=None, gt=0)
+    ram_bytes: int | None = Field(default=None, gt=0)
+    macs: int | None = Field(default=None, gt=0)
+    latency_ms: float | None = Field(default=None, gt=0)
+    flash_share: Share | None = None
+    ram_share: Share | None = None
+    macs_share: Share | None = None
+    trains: bool = True
+
+    @model_validator(mode="after")
+    def _say_it_once(self) -> Self:
+        for figure, share in (
+            ("flash_bytes", "flash_share"),
+            ("ram_bytes", "ram_share"),
+            ("macs", "macs_share"),
+        ):
+            if getattr(self, figure) is not None and getattr(self, share) is not None:
+                raise ValueError(f"give either {figure} or {share}")
+        return self
+
+    def budget(self, dense: Costs) -> Budget:
+        """The budget in absolute figures; a share is rounded down."""
+
+        def limit(figure: int | None, share: float | None, of: int) -> int | None:
+            return figure if share is None else max(1, math.floor(share * of))
+
+        return Budget(
+            flash_bytes=limit(self.flash_bytes, self.flash_share, dense.artifact_bytes),
+            ram_bytes=limit(self.ram_bytes, self.ram_share, dense.peak_activation_bytes),
+            macs=limit(self.macs, self.macs_share, dense.macs),
+            latency_ms=self.latency_ms,
+        )
+
+
+class FleetConfig(_Section):
+    """All of `fleet.toml`."""
+
+    fleet: Name
+    state: LocalPath = Field(default=Path("state"), validate_default=True)
+    """Folder of the registry and the releases."""
+    broker: BrokerSettings = Field(default_factory=BrokerSettings)
+    model: ModelConfig
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    schedule: PolynomialDecay = Field(default_factory=PolynomialDecay)
+    """Cuts at once unless it says otherwise."""
+    pruning: PruningConfig = Field(default_factory=PruningConfig)
+    classes: dict[Name, ClassConfig] = Field(min_length=1)
+
+    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if not any(c.trains for c in self.classes.values()):
+            raise ValueError("no class trains: at least one must")
+        if self.schedule.begin > self.schedule.end:
+            raise ValueError(
+                f"schedule begins in round {self.schedule.begin}, after its end {self.schedule.end}"
+            )
+        if self.schedule.end > self.training.rounds:
+            raise ValueError(
+                f"schedule ends in round {self.schedule.end}, "
+                f"but training has {self.training.rounds} rounds"
+            )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where `fleet.toml` lies: its paths start there, and its modules are found there."""
+        return self._folder
+
+    def import_object(self, dotted: str, what: str) -> Any:
+        """What `module:name` names, looked for in `folder` first; ConfigError if it is not there.
+
+        Args:
+            dotted: `module:name`.
+            what: The key that says so, for messages.
+        """
+        return import_object(dotted, what, self._folder)
+
+
+def load_fleet_config(path: Path) -> FleetConfig:
+    """Read and check a `fleet.toml`.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The description; its paths are absolute.
+
+    Raises:
+        ConfigError: The file cannot be read or parsed, a key is unknown, missing or has a wrong
+            value; one line with the file and the key.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path}: byte {e.start} is not UTF-8") from e
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{path}: {e}") from e
+    folder = path.absolute().parent
+    try:
+        # As strict JSON: "8" is no number and 1 is no truth, but a list is a tuple.
+        config = FleetConfig.model_validate_json(
+            json.dumps(data, default=str), strict=True, context={"base": folder}
+        )
+    except ValidationError as e:
+        raise ConfigError(f"{path}: {explain(e, FleetConfig)}") from e
+    initial = config.model.initial
+    if initial is not None and not initial.is_file():
+        raise ConfigError(f"{path}: model.initial: no file {initial}")
+    config = config.model_copy(update={"broker": _with_paths(config.broker, folder)})
+    config._folder = folder
+    return config
+
+
+def _with_paths(broker: BrokerSettings, folder: Path) -> BrokerSettings:
+    """The settings with certificates looked for beside the file."""
+    files = {name: getattr(broker, name) for name in ("ca_file", "cert_file", "key_file")}
+    return broker.model_copy(update={n: folder / f for n, f in files.items() if f is not None})

@@ -1,0 +1,180 @@
+"""The signed graphs of every shape in use: made once per shape, then named by hash."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from fleetprune.layout import Architecture, KeepCounts, axis_indices
+from fleetprune.messages import GraphRef
+from fleetprune_coordinator.graphs import (
+    GateMember,
+    Graph,
+    Student,
+    export_observe,
+    export_train_step,
+)
+from fleetprune_coordinator.resize import resize
+
+log = logging.getLogger(__name__)
+
+Loss = str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class GraphStore(Protocol):
+    """Where graphs are published (the release repository)."""
+
+    def publish_graph(self, onnx: bytes) -> GraphRef:
+        """Sign and store a graph; the same bytes give the same reference."""
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What is fixed in a training graph beside the shape."""
+
+    batch: int = 32
+    loss: Loss = "cross_entropy"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    distill_weight: float = 1.0
+
+
+def gate_members(architecture: Architecture, keep: KeepCounts) -> list[list[GateMember]]:
+    """Per group, in order, the tensors whose Taylor score counts, at their place under `keep`."""
+    return [
+        [
+            member
+            for gate in architecture.gates.get(group, ())
+            if (member := _member(architecture, keep, gate.tensor, gate.axis, gate.start))
+        ]
+        for group in architecture.groups
+    ]
+
+
+def _member(
+    architecture: Architecture, keep: KeepCounts, tensor: str, axis: int, start: int
+) -> GateMember | None:
+    dense = narrow = 0
+    for segment in architecture.tensor(tensor).axes[axis]:
+        units = segment.kept(keep)
+        if dense == start:
+            return GateMember(tensor, axis, narrow, units, segment.block)
+        dense += segment.units * segment.block
+        narrow += units * segment.block
+    return None
+
+
+def student_index(
+    architecture: Architecture, wide: KeepCounts, keep: KeepCounts
+) -> dict[str, tuple[slice | list[int], ...]]:
+    """Per parameter, the part of the `wide` model's tensor that the `keep` model has."""
+    index: dict[str, tuple[slice | list[int], ...]] = {}
+    for spec in architecture.tensors:
+        parts: list[slice | list[int]] = []
+        for axis in spec.axes:
+            chosen = axis_indices(axis, wide, keep)
+            leading = bool((chosen == np.arange(chosen.size)).all())
+            parts.append(slice(0, chosen.size) if leading else chosen.tolist())
+        index[spec.name] = tuple(parts)
+    return index
+
+
+def narrower(shapes: Mapping[str, KeepCounts], name: str) -> list[dict[str, int]]:
+    """The distinct shapes that lie within a class's own and are smaller, the widest first."""
+    own = dict(shapes[name])
+    inside: list[dict[str, int]] = []
+    for shape in map(dict, shapes.values()):
+        if shape != own and shape not in inside and all(shape[g] <= own[g] for g in own):
+            inside.append(shape)
+    return sorted(inside, key=lambda shape: -sum(shape.values()))
+
+
+class GraphLibrary:
+    """Exports graphs on demand and remembers them by what they were made from."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        example: torch.Tensor,
+        store: GraphStore,
+        options: StepOptions,
+    ) -> None:
+        """Prepare for one model; nothing is exported yet."""
+        self._model = model
+        self._architecture = architecture
+        self._example = example
+        self._store = store
+        self._options = options
+        self._made: dict[str, GraphRef] = {}
+
+    def train_steps(
+        self, shapes: Mapping[str, KeepCounts], name: str, block: int
+    ) -> tuple[GraphRef, ...]:
+        """Training graphs of a class: one per self-distillation partner, or one without.
+
+        Args:
+            shapes: Keep counts of all classes.
+            name: The class that trains.
+            block: Channel block of the device's runtime; 0: portable operators.
+
+        Returns:
+            References to the published graphs.
+        """
+        wide = shapes[name]
+        students = narrower(shapes, name) if self._options.distill_weight > 0 else []
+        if not students:
+            return (self._train_step(wide, None, block),)
+        return tuple(self._train_step(wide, student, block) for student in students)
+
+    def observe(self, keep: KeepCounts) -> GraphRef:
+        """The graph that sums squares and BatchNorm moments for a shape."""
+
+        def export() -> Graph:
+            return export_observe(
+                resize(self._model, self._architecture, keep),
+                self._example,
+                batch=self._options.batch,
+                observed=self._architecture.observed,
+            )
+
+        return self._once(export, kind="observe", keep=dict(keep))
+
+    def _train_step(self, wide: KeepCounts, keep: KeepCounts | None, block: int) -> GraphRef:
+        def export() -> Graph:
+            options = self._options
+            student = None
+            if keep is not None:
+                student = Student(
+                    resize(self._model, self._architecture, keep),
+                    student_index(self._architecture, wide, keep),
+                    options.distill_weight,
+                )
+            return export_train_step(
+                resize(self._model, self._architecture, wide),
+                self._example,
+                batch=options.batch,
+                loss=options.loss,
+                momentum=options.momentum,
+                weight_decay=options.weight_decay,
+                block=block,
+                gates=gate_members(self._architecture, wide),
+                student=student,
+            )
+
+        partner = dict(keep) if keep is not None else None
+        return self._once(export, kind="train", keep=dict(wide), student=partner, block=block)
+
+    def _once(self, export: Callable[[], Graph], **key: Any) -> GraphRef:
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        if digest not in self._made:
+            graph = export()
+            self._made[digest] = self._store.publish_graph(graph.onnx)
+            log.info("exported %s graph of %d bytes", key["kind"], len(graph.onnx))
+        return self._made[digest]

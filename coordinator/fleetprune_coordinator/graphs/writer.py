@@ -1,0 +1,144 @@
+"""Writes an ONNX graph node by node.
+
+Equal constants and equal nodes are written once (common subexpressions), and what no output needs
+is left out, so that the rules that lower operators may ask for the same thing again and again.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+OPSET = 18
+IR_VERSION = 9
+
+MICROSOFT = "com.microsoft"
+"""onnxruntime's own operators, present in every build."""
+NCHWC = "com.microsoft.nchwc"
+"""onnxruntime's operators on channel-blocked tensors, present where the processor has them."""
+
+Shape = Sequence[int | str]
+"""Sizes; a string names a size that is known only when the graph runs."""
+
+
+class GraphWriter:
+    """Collects nodes; a tensor is known by its name."""
+
+    def __init__(self) -> None:
+        self._nodes: list[onnx.NodeProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[tuple[str, onnx.ValueInfoProto]] = []
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._initializers: list[onnx.TensorProto] = []
+        self._known: dict[tuple[Any, ...], list[str]] = {}
+        self._names = 0
+
+    def constant(self, array: Any, dtype: Any = None) -> str:
+        """The name of a constant tensor."""
+        value: NDArray[Any] = np.ascontiguousarray(np.asarray(array, dtype=dtype))
+        value = value.reshape(np.shape(array))  # ascontiguousarray makes scalars 1-D
+        key = (value.dtype.str, value.shape, value.tobytes())
+        if key not in self._constants:
+            name = f"c{len(self._constants)}"
+            self._constants[key] = name
+            self._initializers.append(numpy_helper.from_array(value, name))
+        return self._constants[key]
+
+    def ints(self, *values: int) -> str:
+        """The name of a constant int64 vector."""
+        return self.constant(np.array(values, np.int64))
+
+    def floats(self, *values: float) -> str:
+        """The name of a constant float32 vector."""
+        return self.constant(np.array(values, np.float32))
+
+    def scalar(self, value: float | bool, dtype: str = "float32") -> str:
+        """The name of a constant without axes."""
+        return self.constant(np.array(value, dtype))
+
+    def op(self, op_type: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
+        """Add a node with one output; returns that output's name.
+
+        Args:
+            op_type: ONNX operator.
+            *inputs: Names; "" leaves an optional input out.
+            domain: "", MICROSOFT or NCHWC.
+            **attributes: The node's attributes.
+        """
+        return self.multi(op_type, *inputs, outputs=1, domain=domain, **attributes)[0]
+
+    def multi(
+        self, op_type: str, *inputs: str, outputs: int, domain: str = "", **attributes: Any
+    ) -> list[str]:
+        """Add a node with several outputs; returns their names."""
+        key = (op_type, domain, inputs, outputs, repr(sorted(attributes.items())))
+        if key in self._known and not op_type.startswith("Random"):
+            return self._known[key]
+        self._names += 1
+        base = f"t{self._names}"
+        names = [base] if outputs == 1 else [f"{base}_{i}" for i in range(outputs)]
+        self._nodes.append(
+            helper.make_node(op_type, list(inputs), names, domain=domain, **attributes)
+        )
+        self._known[key] = names
+        return names
+
+    def zeros(self, *shape: int) -> str:
+        """A float32 tensor of zeros that takes no room in the file."""
+        zero = numpy_helper.from_array(np.zeros(1, np.float32))
+        return self.op("ConstantOfShape", self.ints(*shape), value=zero)
+
+    def input(self, name: str, shape: Shape, dtype: str) -> str:
+        """Declare an input; returns its name."""
+        self._inputs.append(helper.make_tensor_value_info(name, onnx_type(dtype), list(shape)))
+        return name
+
+    def output(self, value: str, name: str, shape: Shape, dtype: str = "float32") -> None:
+        """Declare that tensor `value` is the output `name`."""
+        info = helper.make_tensor_value_info(name, onnx_type(dtype), list(shape))
+        self._outputs.append((value, info))
+
+    def uses(self, op_type: str) -> bool:
+        """Whether a node of this type has been added."""
+        return any(node.op_type == op_type for node in self._nodes)
+
+    def serialize(self, metadata: dict[str, str]) -> bytes:
+        """The graph as the bytes of an ONNX file, with `metadata` as its metadata entries."""
+        nodes = self._live_nodes([*self._nodes, *self._name_outputs()])
+        used = {name for node in nodes for name in node.input}
+        graph = helper.make_graph(
+            nodes,
+            "fleetprune",
+            self._inputs,
+            [info for _, info in self._outputs],
+            [tensor for tensor in self._initializers if tensor.name in used],
+        )
+        domains = {"": OPSET} | {d: 1 for d in (MICROSOFT, NCHWC) if d in {n.domain for n in nodes}}
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid(d, v) for d, v in domains.items()],
+            ir_version=IR_VERSION,
+        )
+        helper.set_model_props(model, metadata)
+        data: bytes = model.SerializeToString(deterministic=True)
+        return data
+
+    def _name_outputs(self) -> Iterable[onnx.NodeProto]:
+        return [helper.make_node("Identity", [v], [info.name]) for v, info in self._outputs]
+
+    def _live_nodes(self, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+        live = {info.name for _, info in self._outputs}
+        kept = []
+        for node in reversed(nodes):
+            if live.intersection(node.output):
+                kept.append(node)
+                live.update(node.input)
+        return kept[::-1]
+
+
+def onnx_type(dtype: str) -> int:
+    """ONNX's number for a numpy dtype name."""
+    return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))

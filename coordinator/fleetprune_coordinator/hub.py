@@ -1,0 +1,381 @@
+"""The coordinator's end of the fleet's MQTT topics.
+
+The broker may lose, double and delay anything, so nothing here rests on a delivery: tasks are
+announced again until the device acknowledges them and whenever it comes back, results are stored
+by task id however often they come, and both sides' presence is retained and renewed.
+
+A device is who the topic says it is: the broker's access list lets a device write below
+`up/{device}` only. A message that names another device inside is dropped.
+"""
+
+import logging
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from fleetprune.blocks import RefusedError
+from fleetprune.errors import HostileInputError, MessageError, RegistryError
+from fleetprune.files import storage_errors, write_atomic
+from fleetprune.messages import (
+    Announcement,
+    Blob,
+    Enrol,
+    Enrolled,
+    Message,
+    Progress,
+    Task,
+    TaskAck,
+    Telemetry,
+)
+from fleetprune.mqtt import BrokerSettings, Connection, packet_size
+from fleetprune.retry import Backoff
+from fleetprune.topics import Topics
+from fleetprune_coordinator.block_server import Admission, BlockServer
+
+log = logging.getLogger(__name__)
+
+ANNOUNCE = Backoff(first_s=4.0, most_s=120.0)  # a task is 1-2 kB: rare enough for a metered link
+SETTLE_S = 1.0  # a device that comes back says so twice (status, enrol): announce once
+MAX_DEVICES = 100_000  # names remembered: bounds what invented device names cost us
+ONLINE, OFFLINE = b"online", b"offline"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_RESULTS = "results/"
+_BLOBS = "blobs/"
+_M = TypeVar("_M", bound=Message)
+
+
+class TaskStore(Protocol):
+    """What the hub needs of the registry; called from several threads."""
+
+    def open_tasks(self, device: str) -> list[Task]:
+        """Tasks that the device is still asked to do."""
+        ...
+
+    def save_result(self, task_id: str, device: str, data: bytes) -> bool:
+        """Keep a result for good. False: it was there already, or is not wanted."""
+        ...
+
+    def result(self, task_id: str) -> bytes | None:
+        """A stored result; None: there is none."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A task has ended."""
+
+    task: str
+    device: str
+    refused: str | None = None
+    """Why the device refused it; None: its result is in the store."""
+
+
+@dataclass(slots=True)
+class _Announced:
+    task: Task
+    deadline: float
+    due: float | None
+    """When it is sent (again); None: acknowledged, or nobody is there."""
+    attempt: int = 0
+    sent_at: float = float("-inf")
+
+
+class Hub:
+    """Serves one fleet through one broker."""
+
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        fleet: str,
+        store: TaskStore,
+        read: Callable[[str], Path | bytes | None],
+        spool: Path,
+        *,
+        on_enrol: Callable[[Enrol], str | None] = lambda enrol: None,
+        on_status: Callable[[str, bool], None] = lambda device, online: None,
+        on_telemetry: Callable[[Telemetry], None] = lambda telemetry: None,
+        rng: random.Random | None = None,
+    ) -> None:
+        """Prepare; nothing is opened before `start`.
+
+        Args:
+            settings: The broker.
+            fleet: Name of the fleet.
+            store: Tasks and results.
+            read: The repository: file or bytes of `metadata/...`, `targets/...` and `blobs/...`;
+                None: there is none.
+            spool: Folder for uploads under way and for blobs that `read` does not have.
+            on_enrol: Decides on a device; None accepts it, a text is the reason not to.
+            on_status: Told when a device comes or goes.
+            on_telemetry: Told what a device reports about itself.
+            rng: Jitter of repeated announcements.
+        """
+        self._topics, self._store, self._repository = Topics(fleet), store, read
+        self._on_enrol, self._on_status, self._on_telemetry = on_enrol, on_status, on_telemetry
+        self._rng = rng or random.Random()  # noqa: S311  (jitter)
+        self._blobs = spool / "blobs"
+        with storage_errors("create", spool):
+            self._blobs.mkdir(parents=True, exist_ok=True)
+        self._server = BlockServer(
+            self._read, self._store_result, spool / "results", admit=self._admit
+        )
+        self._changed = threading.Condition()
+        self._announced: dict[str, _Announced] = {}
+        self._online: dict[str, bool] = {}
+        self._traffic: dict[str, tuple[int, int]] = {}
+        self._watchers: list[Callable[[Outcome], None]] = []
+        self._release: int | None = None
+        self._stopping = False
+        self._announcer: threading.Thread | None = None
+        self._handlers: dict[str, Callable[[str, bytes], None]] = {
+            "enrol": self._enrol,
+            "status": self._status,
+            "ack": self._ack,
+            "telemetry": self._telemetry,
+            "get": self._get,
+            "put": self._put,
+        }
+        self.connection = Connection(
+            settings,
+            f"fleetprune-{fleet}-coordinator",
+            on_message=self._receive,
+            on_up=self._up,
+            will=(self._topics.coordinator, OFFLINE),
+        )
+        self.connection.subscribe([self._topics.up("+", "#")])
+
+    def start(self) -> None:
+        """Connect and serve, in the background."""
+        self._stopping = False
+        self._announcer = threading.Thread(
+            target=self._keep_announcing, name="hub-announce", daemon=True
+        )
+        self._announcer.start()
+        self.connection.start()
+
+    def stop(self) -> None:
+        """Say goodbye and disconnect; everything that matters is in store and spool."""
+        self.connection.publish(self._topics.coordinator, OFFLINE, retain=True)
+        self.connection.stop()
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._announcer is not None:
+            self._announcer.join()
+        self._server.close()
+
+    def traffic(self, device: str) -> tuple[int, int]:
+        """Bytes of MQTT packets (header, topic, payload) that we saw: (from, to) the device."""
+        return self._traffic.get(device, (0, 0))
+
+    def online(self, device: str) -> bool:
+        """Whether the device, or the broker on its behalf, last said that it is there."""
+        return self._online.get(device, False)
+
+    def watch(self, told: Callable[[Outcome], None]) -> Callable[[], None]:
+        """Be told of ended tasks, in the hub's thread; returns how to stop that."""
+        self._watchers.append(told)
+        return lambda: self._watchers.remove(told)
+
+    def offer(self, blob: Blob, data: bytes) -> None:
+        """Make `data` available as `blobs/<sha256>` while announced tasks refer to it."""
+        if self._read(f"{_BLOBS}{blob.sha256}") is None:
+            write_atomic(self._blobs / blob.sha256, data)
+
+    def announce(self, task: Task) -> None:
+        """Tell a device of its task until it has acknowledged, answered or missed it.
+
+        The store must have the task: only results of open tasks are taken.
+        """
+        with self._changed:
+            self._announce(task, time.monotonic())
+            self._changed.notify_all()
+
+    def withdraw(self, tasks: Collection[str]) -> None:
+        """Stop announcing; blobs that no other announced task needs are removed."""
+        with self._changed:
+            ended = [self._announced.pop(t) for t in tasks if t in self._announced]
+            needed = {a.task.model.sha256 for a in self._announced.values()}
+        for blob in {a.task.model.sha256 for a in ended} - needed:
+            with storage_errors("remove", self._blobs):
+                (self._blobs / blob).unlink(missing_ok=True)
+
+    def announce_release(self, release: int) -> None:
+        """Hint, retained, that the release repository has something new."""
+        self._release = release
+        self._publish_release()
+
+    # Announcing.
+
+    def _announce(self, task: Task, now: float) -> None:
+        known = self._announced.get(task.task)
+        if known is None:
+            known = _Announced(task, now + task.deadline_s, now)
+            self._announced[task.task] = known
+        elif now - known.sent_at >= SETTLE_S:
+            known.due, known.attempt = now, 0
+
+    def _announce_open(self, device: str) -> None:
+        """All open tasks, at a device's return."""
+        tasks = self._store.open_tasks(device)
+        with self._changed:
+            for task in tasks:
+                self._announce(task, time.monotonic())
+            self._changed.notify_all()
+
+    def _keep_announcing(self) -> None:
+        with self._changed:
+            while not self._stopping:
+                now = time.monotonic()
+                for announced in self._announced.values():
+                    if announced.due is not None and announced.due <= now:
+                        self._send_task(announced, now)
+                dues = [a.due for a in self._announced.values() if a.due is not None]
+                self._changed.wait(max(0.0, min(dues) - now) if dues else None)
+
+    def _send_task(self, announced: _Announced, now: float) -> None:
+        device = announced.task.device
+        if now >= announced.deadline or not self._online.get(device, True):
+            announced.due = None  # too late, or announced when the device comes back
+            return
+        if self._send(device, "task", announced.task.to_bytes()):
+            announced.sent_at = now
+        announced.due = now + ANNOUNCE.half_jitter(announced.attempt, self._rng)
+        announced.attempt += 1
+
+    def _publish_release(self) -> None:
+        if self._release is not None:
+            payload = Announcement(release=self._release).to_bytes()
+            self.connection.publish(self._topics.release, payload, retain=True)
+
+    # Messages; all in the connection's dispatcher thread.
+
+    def _up(self) -> None:
+        self.connection.publish(self._topics.coordinator, ONLINE, retain=True)
+        self._publish_release()
+        with self._changed:
+            for announced in self._announced.values():
+                if announced.due is not None:
+                    announced.due, announced.attempt = time.monotonic(), 0
+            self._changed.notify_all()
+
+    def _receive(self, topic: str, payload: bytes) -> None:
+        parsed = self._topics.parse_up(topic)
+        if parsed is None or not _NAME.fullmatch(parsed[0]):
+            log.debug("message on %s ignored", topic)
+            return
+        device, kind = parsed
+        if device not in self._traffic and len(self._traffic) >= MAX_DEVICES:
+            log.warning("more than %d device names: %s ignored", MAX_DEVICES, device)
+            return
+        up, down = self.traffic(device)
+        self._traffic[device] = (up + packet_size(topic, payload), down)
+        handler = self._handlers.get(kind)
+        if handler is None:
+            log.debug("message on %s ignored", topic)
+            return
+        try:
+            handler(device, payload)
+        except HostileInputError as e:
+            log.warning("%s of device %s ignored: %s", kind, device, e)
+
+    def _send(self, device: str, kind: str, payload: bytes) -> bool:
+        topic = self._topics.down(device, kind)
+        sent = self.connection.publish(topic, payload)
+        if sent:
+            up, down = self.traffic(device)
+            self._traffic[device] = (up, down + packet_size(topic, payload))
+        return sent
+
+    def _enrol(self, device: str, payload: bytes) -> None:
+        enrol = _own(device, Enrol.from_bytes(payload), lambda m: m.device)
+        reason = self._on_enrol(enrol)
+        answer = Enrolled(accepted=reason is None, reason=reason or "")
+        self._send(device, "enrolled", answer.to_bytes())
+        if reason is None:
+            self._online[device] = True
+            self._announce_open(device)
+
+    def _status(self, device: str, payload: bytes) -> None:
+        if payload not in (ONLINE, OFFLINE):
+            raise MessageError(f"status {payload[:20]!r}, expected {ONLINE!r} or {OFFLINE!r}")
+        online = payload == ONLINE
+        self._online[device] = online
+        self._on_status(device, online)
+        if online:
+            self._announce_open(device)
+
+    def _ack(self, device: str, payload: bytes) -> None:
+        ack = _own(device, TaskAck.from_bytes(payload), lambda m: m.device)
+        with self._changed:
+            announced = self._announced.get(ack.task)
+            if announced is None or announced.task.device != device:
+                log.info("device %s acknowledged task %s, which is not open", device, ack.task)
+                return
+            announced.due = None
+        if ack.state is Progress.REFUSED:
+            self._tell(Outcome(ack.task, device, ack.reason or "no reason given"))
+
+    def _telemetry(self, device: str, payload: bytes) -> None:
+        self._on_telemetry(_own(device, Telemetry.from_bytes(payload), lambda m: m.device))
+
+    def _get(self, device: str, payload: bytes) -> None:
+        for answer in self._server.get(payload):
+            self._send(device, "block", answer)
+
+    def _put(self, device: str, payload: bytes) -> None:
+        answer = self._server.put(device, payload)
+        if answer is not None:
+            self._send(device, "stored", answer)
+
+    # What the block server asks.
+
+    def _read(self, name: str) -> Path | bytes | None:
+        found = self._repository(name)
+        if found is None and name.startswith(_BLOBS):
+            path = self._blobs / name.removeprefix(_BLOBS).replace("/", "_")
+            return path if path.is_file() else None
+        return found
+
+    def _admit(self, device: str, name: str) -> Admission:
+        task = name.removeprefix(_RESULTS)
+        if task == name or not _NAME.fullmatch(task):
+            return Admission.REFUSE
+        with self._changed:
+            announced = self._announced.get(task)
+        if announced is not None and announced.task.device != device:
+            return Admission.REFUSE
+        if announced is not None or any(t.task == task for t in self._store.open_tasks(device)):
+            return Admission.ACCEPT
+        return Admission.DONE if self._has_result(task) else Admission.REFUSE
+
+    def _has_result(self, task: str) -> bool:
+        with suppress(RegistryError):  # collected long ago: neither here nor wanted again
+            return self._store.result(task) is not None
+        return False
+
+    def _store_result(self, device: str, name: str, data: bytes) -> None:
+        task = name.removeprefix(_RESULTS)
+        if not self._store.save_result(task, device, data) and not self._has_result(task):
+            raise RefusedError(f"task {task} is not open for device {device}")
+        self._tell(Outcome(task, device))
+        with self._changed:
+            if task in self._announced:
+                self._announced[task].due = None
+
+    def _tell(self, outcome: Outcome) -> None:
+        for told in list(self._watchers):
+            told(outcome)
+
+
+def _own(device: str, message: _M, named: Callable[[_M], str]) -> _M:
+    """`message` if it names the device that sent it (else MessageError)."""
+    if named(message) != device:
+        raise MessageError(f"{type(message).__name__} of {named(message)!r}, sent by {device!r}")
+    return message

@@ -1,0 +1,165 @@
+"""The registry's tables, one migration per change; each commits together with its record.
+
+Migrations that have been released are never edited: a change is a new function at the end.
+Times are seconds since 1970, flags are 0 or 1, binaries are files named by their hash.
+"""
+
+from sqlite_utils.db import Database, Table
+from sqlite_utils.migrations import Migrations
+
+migrations = Migrations("fleetprune")
+
+
+def _index(db: Database, table: str, *columns: str, unique: bool = False) -> None:
+    found = db[table]
+    if isinstance(found, Table):  # not a view
+        found.create_index(columns, unique=unique)
+
+
+@migrations()
+def m0001_devices(db: Database) -> None:
+    """Who takes part, and what was measured on them."""
+    db.create_table(
+        "classes",
+        {"name": str, "trains": int, "active": int},
+        pk="name",
+        not_null={"trains", "active"},
+    )
+    db.create_table(
+        "devices",
+        {
+            "id": int,
+            "name": str,
+            "class": str,
+            "trains": int,
+            "samples": int,
+            "block": int,
+            "agent_version": str,
+            "rss_mb": float,
+            "enrolled_at": float,
+            "last_seen": float,
+            "online": int,
+        },
+        pk="id",
+        foreign_keys=[("class", "classes", "name")],
+        not_null={"name", "class", "trains", "samples", "online"},
+    )
+    _index(db, "devices", "name", unique=True)
+    db.create_table(
+        "telemetry",
+        {"id": int, "device": int, "at": float, "fields": str},
+        pk="id",
+        foreign_keys=[("device", "devices", "id")],
+        not_null={"device", "at", "fields"},
+    )
+    _index(db, "telemetry", "device", "id")
+    db.create_table(
+        "traffic",
+        {"device": int, "round": int, "up": int, "down": int},
+        pk=("device", "round"),
+        foreign_keys=[("device", "devices", "id")],
+        not_null={"up", "down"},
+    )
+
+
+@migrations()
+def m0002_rounds(db: Database) -> None:
+    """Masks, rounds with their tasks and results, snapshots of the model, stored binaries."""
+    db.create_table(
+        "blobs",
+        {"sha256": str, "bytes": int, "created_at": float},
+        pk="sha256",
+        not_null={"bytes", "created_at"},
+    )
+    db.create_table(
+        "masks",
+        {"version": int, "round": int, "order": str, "keep": str, "created_at": float},
+        pk="version",
+        not_null={"round", "order", "keep"},
+    )
+    db.create_table(
+        "rounds",
+        {
+            "id": int,
+            "number": int,
+            "phase": str,
+            "step": int,
+            "state": str,
+            "mask_version": int,
+            "started_at": float,
+            "closed_at": float,
+            "metrics": str,
+        },
+        pk="id",
+        foreign_keys=[("mask_version", "masks", "version")],
+        not_null={"number", "phase", "step", "state", "mask_version", "started_at"},
+    )
+    _index(db, "rounds", "number", "phase", "step", unique=True)
+    # The database itself holds that at most one round is open.
+    db.execute("CREATE UNIQUE INDEX one_open_round ON rounds (state) WHERE state = 'open'")
+    db.create_table(
+        "tasks",
+        {
+            "id": str,
+            "round": int,
+            "device": int,
+            "json": str,
+            "model": str,
+            "state": str,
+            "reason": str,
+            "announced_at": float,
+            "deadline": float,
+            "up_bytes": int,
+            "down_bytes": int,
+        },
+        pk="id",
+        foreign_keys=[("round", "rounds", "id"), ("device", "devices", "id")],
+        not_null={"round", "device", "json", "model", "state"},
+    )
+    _index(db, "tasks", "round")
+    _index(db, "tasks", "device", "state")
+    # `model` and `sha256` outlive the binaries they name: collected ones stay on record.
+    db.create_table(
+        "results",
+        {"task": str, "sha256": str, "bytes": int, "received_at": float, "metadata": str},
+        pk="task",
+        foreign_keys=[("task", "tasks", "id")],
+        not_null={"sha256", "bytes", "received_at"},
+    )
+    db.create_table(
+        "snapshots",
+        {"id": int, "round": int, "mask_version": int, "sha256": str, "created_at": float},
+        pk="id",
+        foreign_keys=[("mask_version", "masks", "version"), ("sha256", "blobs", "sha256")],
+        not_null={"round", "mask_version", "sha256"},
+    )
+
+
+@migrations()
+def m0003_releases(db: Database) -> None:
+    """What was shipped to whom, and what happened."""
+    db.create_table(
+        "releases",
+        {
+            "number": int,
+            "class": str,
+            "sha256": str,
+            "bytes": int,
+            "macs": int,
+            "peak_activation_bytes": int,
+            "accuracy": float,
+            "path": str,
+            "round": int,
+            "mask_version": int,
+            "created_at": float,
+        },
+        pk=("number", "class"),
+        foreign_keys=[("class", "classes", "name"), ("mask_version", "masks", "version")],
+        not_null={"sha256", "bytes", "path", "round", "mask_version"},
+    )
+    db.create_table(
+        "events",
+        {"id": int, "at": float, "kind": str, "device": str, "text": str},
+        pk="id",
+        not_null={"at", "kind", "text"},
+    )

@@ -1,0 +1,206 @@
+"""What a shipped ONNX file costs, measured on the file itself.
+
+The same rules as for the torch model (see `liveness`), applied to the nodes that really are in the
+file: this is the figure that a budget is held against before anything is signed.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from math import prod
+
+import onnx
+from onnx import helper, shape_inference
+
+from fleetprune.costs import Costs
+from fleetprune.errors import GraphError
+from fleetprune_coordinator.liveness import Kind, Operator, Recording, memory
+
+VIEWS = frozenset(["Reshape", "Flatten", "Identity", "Squeeze", "Unsqueeze", "Dropout"])
+QUANTIZERS = frozenset(["QuantizeLinear", "DequantizeLinear"])
+ELEMENTWISE = frozenset(
+    [
+        "Relu",
+        "Clip",
+        "LeakyRelu",
+        "Elu",
+        "Selu",
+        "Celu",
+        "Sigmoid",
+        "Tanh",
+        "HardSigmoid",
+        "HardSwish",
+        "Gelu",
+        "Mish",
+        "Swish",
+        "Softplus",
+        "Erf",
+        "Exp",
+        "Log",
+        "Sqrt",
+        "Reciprocal",
+        "Neg",
+        "Abs",
+        "Sin",
+        "Cos",
+        "Pow",
+        "PRelu",
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Max",
+        "Min",
+    ]
+)
+CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3}
+"""Operator, and which of its inputs is the weight."""
+PRODUCTS = {"Gemm": 0, "MatMul": 0, "MatMulInteger": 0, "QLinearMatMul": 0}
+"""Operator, and which of its inputs is the left factor."""
+UNCOUNTED = frozenset(
+    ["ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "Attention", "If", "Loop", "Scan"]
+)
+
+
+@dataclass
+class _File:
+    """A graph with all shapes known."""
+
+    graph: onnx.GraphProto
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    item_bytes: dict[str, int] = field(default_factory=dict)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a value; GraphError if the file does not settle it."""
+        if name not in self.shapes:
+            raise GraphError(f"onnx file: the shape of {name!r} is not known at batch 1")
+        return self.shapes[name]
+
+
+def file_costs(model: bytes) -> Costs:
+    """Measure a shipped model.
+
+    Args:
+        model: A complete ONNX file, with its weights inside.
+
+    Returns:
+        Bytes of the file, multiply-accumulates and peak activation bytes at batch 1.
+
+    Raises:
+        GraphError: The file does not parse, a shape is not known at batch 1, or it has an
+            operator whose multiplications are not counted.
+    """
+    file = _open(model)
+    constants = _constants(file.graph)
+    return Costs(
+        artifact_bytes=len(model),
+        macs=sum(_macs(file, node, constants) for node in file.graph.node),
+        peak_activation_bytes=_peak(file, constants),
+    )
+
+
+def _open(model: bytes) -> _File:
+    """Parse the file and work out all shapes at batch 1."""
+    try:
+        proto = onnx.load_from_string(model)
+        weights = {i.name for i in proto.graph.initializer}
+        for value in proto.graph.input:
+            dims = value.type.tensor_type.shape.dim
+            if value.name not in weights and dims and not dims[0].dim_value:
+                dims[0].dim_value = 1
+        del proto.graph.value_info[:]
+        for value in proto.graph.output:
+            value.type.tensor_type.ClearField("shape")
+        proto = shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
+    except Exception as error:  # protobuf and onnx raise a dozen unrelated classes
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise GraphError(f"onnx file of {len(model)} bytes cannot be read: {reason}") from error
+    file = _File(proto.graph)
+    for tensor in proto.graph.initializer:
+        file.shapes[tensor.name] = tuple(tensor.dims)
+    for value in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output):
+        kind = value.type.tensor_type
+        if kind.elem_type:
+            file.item_bytes[value.name] = helper.tensor_dtype_to_np_dtype(kind.elem_type).itemsize
+        if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
+            file.shapes[value.name] = tuple(d.dim_value for d in kind.shape.dim)
+    return file
+
+
+def _constants(graph: onnx.GraphProto) -> set[str]:
+    """Values that do not depend on the sample: a runtime computes them when it loads the file."""
+    constants = {tensor.name for tensor in graph.initializer} | {""}
+    for node in graph.node:
+        if node.op_type == "Shape" or all(name in constants for name in node.input):
+            constants.update(node.output)
+    return constants
+
+
+def _macs(file: _File, node: onnx.NodeProto, constants: set[str]) -> int:
+    if node.op_type in UNCOUNTED or any(a.HasField("g") for a in node.attribute):
+        raise GraphError(
+            f"onnx file: {node.op_type} {node.name!r} is not counted, "
+            f"expected {', '.join([*CONVOLUTIONS, *PRODUCTS])}"
+        )
+    if node.output[0] in constants:
+        return 0
+    if node.op_type in CONVOLUTIONS:
+        weight = file.shape(node.input[CONVOLUTIONS[node.op_type]])
+        return prod(weight) * prod(file.shape(node.output[0])[2:])
+    if node.op_type in PRODUCTS:
+        left = file.shape(node.input[PRODUCTS[node.op_type]])
+        transposed = any(a.name == "transA" and a.i for a in node.attribute)
+        return prod(file.shape(node.output[0])) * left[-2 if transposed else -1]
+    return 0
+
+
+def _peak(file: _File, constants: set[str]) -> int:
+    """Most bytes of activations in memory at once."""
+    inputs = [v.name for v in file.graph.input if v.name not in constants]
+    if len(inputs) != 1 or len(file.graph.output) != 1:
+        raise GraphError(
+            f"onnx file: {len(inputs)} inputs and {len(file.graph.output)} outputs, expected one "
+            f"of each"
+        )
+    reads = Counter(n for node in file.graph.node for n in node.input)
+    reads.update(v.name for v in file.graph.output)
+    recording = Recording()
+    values: dict[str, int] = {}
+
+    def new(name: str) -> int:
+        recording.sizes.append(prod(file.shape(name)) * file.item_bytes[name])
+        values[name] = len(values)
+        return values[name]
+
+    new(inputs[0])
+    for node in file.graph.node:
+        read = [n for n in node.input if n in values]
+        made = [n for n in node.output if n and n not in constants and reads[n]]
+        if read and made:
+            kind = _kind(file, node, read, made, only_read=reads[read[0]] == 1)
+            source = tuple(values[n] for n in read)
+            recording.operators.append(
+                Operator(node.op_type, node.name, kind, source, tuple(new(n) for n in made))
+            )
+    if file.graph.output[0].name not in values:
+        raise GraphError("onnx file: the output does not depend on the input")
+    recording.result = values[file.graph.output[0].name]
+    plan = memory(recording)
+    # Integer kernels write a quantised value directly: a buffer is as wide as its narrowest form.
+    sizes = [min(recording.sizes[v] for v in members) for members in plan.buffers]
+    return max(sum(sizes[b] for b in live) for live in plan.live)
+
+
+def _kind(
+    file: _File, node: onnx.NodeProto, read: list[str], made: list[str], *, only_read: bool
+) -> Kind:
+    """How a node treats memory."""
+    same_size = prod(file.shape(read[0])) == prod(file.shape(made[0]))
+    if node.op_type in VIEWS:
+        return Kind.VIEW
+    if node.op_type in QUANTIZERS:
+        from_input = read[0] in {v.name for v in file.graph.input}
+        fuses = node.op_type == "DequantizeLinear" or (only_read and not from_input)
+        return Kind.VIEW if fuses else Kind.OTHER
+    if node.op_type in ELEMENTWISE and len(read) == 1 and same_size:
+        return Kind.ELEMENTWISE
+    return Kind.OTHER

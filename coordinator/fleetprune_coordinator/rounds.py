@@ -1,0 +1,426 @@
+"""The rounds of one training: what each device is asked, and what its answers change.
+
+Every round is opened in the registry with all its tasks and closed with the state that it led to,
+each in one transaction; between the two nothing but answers is added. So a coordinator killed at
+any instant finds either no round, and plans it, or an open one, and waits for the rest of it.
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fleetprune.errors import FleetpruneError, MessageError
+from fleetprune.layout import Architecture
+from fleetprune.messages import Blob, ResultHeader, Task, TaskKind
+from fleetprune.model_payload import encode_model
+from fleetprune.result import Result, decode_result
+from fleetprune.update import decode_update
+from fleetprune_coordinator.aggregate import Aggregate, MomentSums, StatisticsMean
+from fleetprune_coordinator.cohort import choose
+from fleetprune_coordinator.config import TrainingConfig
+from fleetprune_coordinator.events import EventLog
+from fleetprune_coordinator.fleet_model import FleetModel, Tensors, initial_model, remask
+from fleetprune_coordinator.graph_library import GraphLibrary
+from fleetprune_coordinator.ledger import Ledger
+from fleetprune_coordinator.plan import Planner
+from fleetprune_coordinator.records import DeviceRecord, MaskRecord, Phase
+from fleetprune_coordinator.registry import Registry
+from fleetprune_coordinator.snapshot import Snapshot
+
+log = logging.getLogger(__name__)
+
+CALIBRATED = 1e-3
+"""Largest change of a BatchNorm mean, in standard deviations, at which calibration may stop."""
+
+
+@dataclass(frozen=True)
+class RoundKey:
+    """Which round: training rounds count up, calibration steps belong to the last of them."""
+
+    phase: Phase
+    number: int
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One task with what it needs, for one node."""
+
+    node_id: int
+    task: Task
+    model: bytes
+
+
+class Rounds:
+    """Plans rounds and takes in their answers; knows nothing of transports or of Flower."""
+
+    def __init__(
+        self,
+        settings: TrainingConfig,
+        architecture: Architecture,
+        planner: Planner,
+        library: GraphLibrary,
+        *,
+        registry: Registry,
+        events: EventLog,
+        run: str,
+    ) -> None:
+        """Prepare; call `start` next.
+
+        Args:
+            settings: Rounds, learning rate, codecs and so on.
+            architecture: The model's description.
+            planner: Keep counts per class.
+            library: Graphs per shape.
+            registry: Where everything is kept.
+            events: Where progress is told.
+            run: A name for this training, part of every task id.
+        """
+        self._settings = settings
+        self._architecture = architecture
+        self._planner = planner
+        self._library = library
+        self._registry = registry
+        self._events = events
+        self._run = run
+        self._calibrated = False
+
+    def start(self, params: Tensors, stats: Tensors, *, trained: bool) -> None:
+        """Take up the training where the registry left it, or begin it.
+
+        Args:
+            params: The user's parameters by name.
+            stats: The user's BatchNorm statistics by name.
+            trained: The parameters are worth keeping, so units are ordered by magnitude at once.
+        """
+        architecture = self._architecture
+        snapshot = self._registry.latest_snapshot()
+        if snapshot is None:
+            scores = {g: np.zeros(n, np.float32) for g, n in architecture.groups.items()}
+            self.ledger = Ledger(architecture, architecture.groups)
+            if trained:
+                scores = self.ledger.scores(self._settings.first_criterion, params)
+            self.model = initial_model(architecture, params, stats, self._planner.shapes(1, scores))
+            if trained:
+                self.model, _ = remask(architecture, self.model, scores, self.model.shapes)
+            self.ledger = Ledger(architecture, self._smallest())
+            self._registry.save_mask(self._mask(0), self._snapshot(0))
+            return
+        mask = self._registry.mask(snapshot.mask_version)
+        self.model = FleetModel(
+            params=dict(snapshot.params),
+            stats={name: dict(tensors) for name, tensors in snapshot.stats.items()},
+            shapes={name: dict(keep) for name, keep in mask.keep.items()},
+            origin=dict(mask.order),
+            mask_version=mask.version,
+        )
+        self.ledger = Ledger.from_arrays(architecture, self._smallest(), snapshot.ledger)
+        self._calibrated = bool(snapshot.extra.get("calibrated", np.zeros(1)).any())
+
+    # ---- where we are
+
+    def remaining(self) -> list[RoundKey]:
+        """Rounds still to do, the open one first."""
+        last = self._settings.rounds
+        keys = [RoundKey(Phase.TRAIN, n) for n in range(1, last + 1)]
+        passes = self._settings.calibration_passes
+        keys += [RoundKey(Phase.CALIBRATE, last, s) for s in range(1, passes + 1)]
+        closed = {
+            RoundKey(r.phase, r.number, r.step)
+            for r in self._registry.rounds()
+            if r.closed_at is not None
+        }
+        left = [key for key in keys if key not in closed]
+        if self._calibrated:
+            left = [key for key in left if key.phase is Phase.TRAIN]
+        return left
+
+    # ---- asking
+
+    def begin(self) -> list[Assignment]:
+        """Open the next round, or find the one that was open; empty when there is none left."""
+        left = self.remaining()
+        if not left:
+            return []
+        key = left[0]
+        if self._registry.open_round() is None:
+            planned = self._plan(key)
+            self._registry.begin_round(
+                key.number,
+                key.phase,
+                self.model.mask_version,
+                [(a.task, a.model) for a in planned],
+                step=key.step,
+            )
+        records = self._registry.tasks(key.number, key.phase, step=key.step)
+        return [
+            Assignment(r.node_id, r.task, self._registry.blob(r.task.model.sha256)) for r in records
+        ]
+
+    def _plan(self, key: RoundKey) -> list[Assignment]:
+        payloads: dict[str, bytes] = {}
+        for name in self.model.shapes:
+            params, stats = self.model.vectors(self._architecture, name)
+            payloads[name] = encode_model(
+                self.model.mask_version, key.number, params, stats, self._settings.down_codec
+            )
+        planned = []
+        for device in self._cohort(key):
+            for name in self._shapes_for(key, device):
+                task = self._task(key, device, name, payloads[name])
+                planned.append(Assignment(device.id, task, payloads[name]))
+        return planned
+
+    def _cohort(self, key: RoundKey) -> list[DeviceRecord]:
+        devices = self._registry.devices(online=True) or self._registry.devices()
+        if key.phase is Phase.CALIBRATE:
+            return devices
+        rng = np.random.default_rng([self._settings.seed, key.number])
+        return choose(
+            devices,
+            self._settings.devices_per_round,
+            rng,
+            stratified=self._settings.stratified,
+        )
+
+    def _shapes_for(self, key: RoundKey, device: DeviceRecord) -> list[str]:
+        """Shapes a device works on: its own; when calibrating also all that lie within it."""
+        own = device.device_class
+        if key.phase is Phase.TRAIN or self._settings.calibrate_with == "class":
+            return [own]
+        wide = self.model.shapes[own]
+        return [
+            name
+            for name, keep in self.model.shapes.items()
+            if all(keep[g] <= wide[g] for g in wide)
+        ]
+
+    def _task(self, key: RoundKey, device: DeviceRecord, name: str, model: bytes) -> Task:
+        settings, shapes = self._settings, self.model.shapes
+        train = key.phase is Phase.TRAIN and device.trains
+        place = list(shapes).index(name)
+        if train:
+            graphs = self._library.train_steps(shapes, name, device.block)
+            portable = self._library.train_steps(shapes, name, 0) if device.block else ()
+        else:
+            graphs, portable = (self._library.observe(shapes[name]),), ()
+        seed = np.random.SeedSequence([settings.seed, key.number, key.step, device.id])
+        return Task(
+            task=f"{self._run}.{key.phase.value[0]}{key.number}.{key.step}.{device.id}.{place}",
+            device=device.name,
+            kind=TaskKind.TRAIN if train else TaskKind.OBSERVE,
+            round=key.number,
+            mask_version=self.model.mask_version,
+            shape=name,
+            graphs=graphs,
+            portable=portable,
+            model=Blob.of(model),
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            learning_rate=self._learning_rate(key.number),
+            proximal=settings.proximal,
+            seed=int(seed.generate_state(1)[0]),
+            codec=settings.codec,
+            top_k=settings.top_k,
+            deadline_s=settings.round_timeout_s,
+        )
+
+    def _learning_rate(self, number: int) -> float:
+        """Cosine from the learning rate down to a share of it (Loshchilov and Hutter 2017)."""
+        share = self._settings.final_learning_rate_share
+        progress = (number - 1) / max(1, self._settings.rounds - 1)
+        wave = 0.5 * (1 + math.cos(math.pi * progress))
+        return self._settings.learning_rate * (share + (1 - share) * wave)
+
+    # ---- taking in
+
+    def finish(self, answers: Iterable[bytes]) -> dict[str, Any]:
+        """Take in the open round's answers, one at a time, and close it.
+
+        An answer that is malformed, hostile or not asked for changes nothing; it is noted in the
+        registry and the round goes on without it.
+
+        Args:
+            answers: Frames of kind RSLT, as they arrive; each is forgotten after use.
+
+        Returns:
+            The round's metrics.
+        """
+        opened = self._registry.open_round()
+        if opened is None:
+            return {}
+        key = RoundKey(opened.phase, opened.number, opened.step)
+        intake = _Intake(self._architecture, self.model, self.ledger)
+        tasks = {
+            record.task.task: record.task
+            for record in self._registry.tasks(key.number, key.phase, step=key.step)
+        }
+        samples = {d.name: d.samples for d in self._registry.devices()}
+        for answer in answers:
+            try:
+                intake.add(decode_result(answer), tasks, samples)
+            except FleetpruneError as e:
+                log.warning("an answer is refused: %s", e)
+                self._registry.add_event("refused", str(e))
+                intake.refused += 1
+        self.ledger.close_round()
+        mask = self._apply(key, intake)
+        metrics = intake.metrics() | {"mask_version": self.model.mask_version}
+        self._registry.close_round(
+            key.number,
+            key.phase,
+            self._snapshot(key.number),
+            step=key.step,
+            mask=mask,
+            metrics=metrics,
+        )
+        if mask is not None:
+            self._events.emit("remask", round=key.number, mask_version=mask.version)
+        return metrics | {"phase": key.phase.value, "round": key.number, "step": key.step}
+
+    def _apply(self, key: RoundKey, intake: "_Intake") -> MaskRecord | None:
+        """Move the state on; the new mask's record if the units were put in a new order."""
+        model = self.model
+        deltas, _ = intake.aggregate.result()
+        params = {name: model.params[name] + delta for name, delta in deltas.items()}
+        stats = intake.statistics()
+        if key.phase is Phase.CALIBRATE:
+            moved = _largest_move(model.stats, stats)
+            self._calibrated = moved < CALIBRATED
+            log.info("calibration step %d moved a mean by %.2g sd", key.step, moved)
+        self.model = FleetModel(params, stats, model.shapes, model.origin, model.mask_version)
+        return self._remask(key.number) if self._remask_due(key) else None
+
+    def _remask_due(self, key: RoundKey) -> bool:
+        every = self._settings.remask_every
+        return (
+            key.phase is Phase.TRAIN
+            and every > 0
+            and key.number % every == 0
+            and key.number <= self._settings.last_remask
+            and self.ledger.ready(self._settings.criterion)
+        )
+
+    def _remask(self, number: int) -> MaskRecord | None:
+        scores = self.ledger.scores(self._settings.criterion, self.model.params)
+        shapes = self._planner.shapes(number + 1, scores)
+        before = self.model
+        self.model, order = remask(self._architecture, before, scores, shapes)
+        if self.model is before:
+            return None
+        self.ledger.reorder(order, self._smallest())
+        return self._mask(number)
+
+    # ---- keeping
+
+    def _smallest(self) -> dict[str, int]:
+        shapes = self.model.shapes.values()
+        return {g: min(keep[g] for keep in shapes) for g in self._architecture.groups}
+
+    def _mask(self, number: int) -> MaskRecord:
+        return MaskRecord(self.model.mask_version, number, self.model.origin, self.model.shapes)
+
+    def _snapshot(self, number: int) -> Snapshot:
+        return Snapshot(
+            round=number,
+            mask_version=self.model.mask_version,
+            params=self.model.params,
+            stats=self.model.stats,
+            ledger=self.ledger.arrays(),
+            extra={"calibrated": np.array([self._calibrated])},
+        )
+
+
+class _Intake:
+    """What the answers of one round add up to."""
+
+    def __init__(self, architecture: Architecture, model: FleetModel, ledger: Ledger) -> None:
+        self._architecture = architecture
+        self._model = model
+        self._ledger = ledger
+        self.aggregate = Aggregate(architecture, model.shapes)
+        self._trained = {n: StatisticsMean(architecture, k) for n, k in model.shapes.items()}
+        self._moments = {n: MomentSums(architecture, k) for n, k in model.shapes.items()}
+        self._done: set[str] = set()
+        self._loss = self._weight = 0.0
+        self._right: dict[str, list[int]] = {}
+        self.refused = 0
+
+    def add(self, result: Result, tasks: Mapping[str, Task], samples: Mapping[str, int]) -> None:
+        """Add one answer; nothing is added to the weights when it raises."""
+        header = result.header
+        task = self._match(header, tasks)
+        keep = self._model.shapes[task.shape]
+        # A device's own word decides its weight, so it is bounded by what it enrolled with.
+        weight = min(header.samples, max(1, samples.get(task.device, 1)))
+        vectors = result.vectors
+        if task.kind is TaskKind.TRAIN:
+            size = self.aggregate.size(task.shape)
+            if result.update is None:
+                raise MessageError(f"answer to {task.task} has no update, expected {size} values")
+            update = decode_update(result.update, mask_version=task.mask_version, size=size)
+            if "stats" in vectors:
+                self._trained[task.shape].add(vectors["stats"], weight)
+            if "taylor" in vectors and header.steps:
+                self._ledger.add_taylor(keep, vectors["taylor"], header.steps, weight)
+            self.aggregate.add(task.shape, update.dense(), weight)
+            if header.loss is not None:
+                self._loss += weight * header.loss
+                self._weight += weight
+        else:
+            if "bn_sum" in vectors:
+                sums = (vectors[name] for name in ("bn_sum", "bn_sumsq", "bn_count"))
+                self._moments[task.shape].add(*sums)
+            if "sumsq" in vectors:
+                self._ledger.add_sumsq(keep, vectors["sumsq"], header.samples)
+            if header.correct is not None:
+                right = self._right.setdefault(task.shape, [0, 0])
+                right[0] += min(header.correct, header.samples)
+                right[1] += header.samples
+        self._done.add(task.task)
+
+    def _match(self, header: ResultHeader, tasks: Mapping[str, Task]) -> Task:
+        task = tasks.get(header.task)
+        if task is None:
+            raise MessageError(f"answer to {header.task}, which is not a task of this round")
+        if header.task in self._done:
+            raise MessageError(f"answer to {header.task} came twice; the first one stands")
+        said = (header.device, header.kind, header.round, header.mask_version)
+        asked = (task.device, task.kind, task.round, task.mask_version)
+        if said != asked:
+            raise MessageError(
+                f"answer to {header.task} says device, kind, round, mask version "
+                f"{', '.join(map(str, said))}, expected {', '.join(map(str, asked))}"
+            )
+        return task
+
+    def statistics(self) -> dict[str, Tensors]:
+        """Per class its new BatchNorm statistics; the old ones where nothing was reported."""
+        return {
+            name: self._trained[name].result() or self._moments[name].result() or dict(old)
+            for name, old in self._model.stats.items()
+        }
+
+    def metrics(self) -> dict[str, Any]:
+        """Counts and means for people."""
+        return {
+            "answers": len(self._done),
+            "refused": self.refused,
+            "loss": round(self._loss / self._weight, 5) if self._weight else None,
+            "accuracy": {name: round(r / n, 4) for name, (r, n) in self._right.items()},
+        }
+
+
+def _largest_move(before: Mapping[str, Tensors], after: Mapping[str, Tensors]) -> float:
+    """Largest change of a running mean, in units of its standard deviation."""
+    worst = 0.0
+    for name, tensors in after.items():
+        for key, new in tensors.items():
+            if key.endswith("running_mean"):
+                spread = np.sqrt(tensors[key.removesuffix("mean") + "var"]) + 1e-5
+                worst = max(worst, float(np.max(np.abs(new - before[name][key]) / spread)))
+    return worst

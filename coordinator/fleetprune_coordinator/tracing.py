@@ -1,0 +1,441 @@
+"""From a torch model to plain data: which channels are coupled, and where each weight lies.
+
+torch-pruning's dependency graph says which indices of which layers must go together (Fang et al.,
+DepGraph, CVPR 2023); it stays behind `_Couplings`. It takes operators that it does not know for
+elementwise ones, so what it says is not believed: every architecture is checked by computing with
+units cut out and with the same units zeroed (see `selfcheck`).
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch_pruning
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import UninitializedTensorMixin
+
+from fleetprune.errors import TraceError
+from fleetprune.layout import Architecture, Axis, Gate, Role, Segment, TensorSpec
+from fleetprune_coordinator.liveness import (
+    SUPPORTED,
+    Recording,
+    activations,
+    describe,
+    on_shapes,
+    record,
+)
+from fleetprune_coordinator.resize import is_depthwise, statistics_of
+from fleetprune_coordinator.selfcheck import check_cut_equals_zeroed
+
+Slot = tuple[str, int]
+"""A tensor's name and one of its axes."""
+
+
+@dataclass(frozen=True)
+class _Member:
+    """Indices of some axes, and the unit of the asked layer that each of them goes with."""
+
+    slots: tuple[Slot, ...]
+    producer: str | None
+    """Path of the layer, if the indices are outputs of a convolution or linear layer."""
+    indices: NDArray[np.intp]
+    units: NDArray[np.intp]
+
+
+class _Couplings:
+    """The one door to torch-pruning."""
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(True)
+        self._paths = {layer: path for path, layer in self.model.named_modules()}
+        self._names = {id(p): name for name, p in self.model.named_parameters()}
+        # torch-pruning does not see the model's input: a factor on its channels stands for it.
+        # Never of three axes: for those it would drop the offsets of concatenations.
+        channels = example.shape[1] if example.dim() > 1 else 1
+        lead = (1,) if example.dim() > 3 else ()
+        self._input = nn.Parameter(torch.ones(*lead, channels, *(1,) * (example.dim() - 2)))
+        self._graph = torch_pruning.DependencyGraph()
+        try:
+            self._graph.build_dependency(
+                self.model,
+                example,
+                forward_fn=lambda m, x: m(x * self._input),
+                unwrapped_parameters=[(self._input, len(lead))],
+                verbose=False,
+            )
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise TraceError(
+                f"{describe('', model)} cannot be traced, supported are {SUPPORTED}: {reason}"
+            ) from error
+        for node in self._graph.module2node.values():
+            node.enable_index_mapping = True
+
+    def outputs_of(self, path: str) -> int:
+        """Output channels of a convolution or linear layer; 0 if it does not reach the output."""
+        layer = self.model.get_submodule(path)
+        return len(_weight(layer)) if layer in self._graph.module2node else 0
+
+    def of(self, path: str, units: NDArray[np.intp]) -> tuple[list[_Member], bool]:
+        """What must be cut together with some outputs of a layer.
+
+        Returns:
+            The coupled indices; and whether the model's input or output is among them.
+        """
+        layer = self.model.get_submodule(path)
+        prune = self._graph.get_pruner_of_module(layer).prune_out_channels
+        try:
+            group = self._graph.get_pruning_group(layer, prune, [int(u) for u in units])
+        except Exception as error:
+            raise TraceError(
+                f"{describe(path, layer)}: its couplings cannot be traced, supported are "
+                f"{SUPPORTED}: {error}"
+            ) from error
+        members, boundary = [], False
+        for item in group.items:
+            node = item.dep.target
+            reads = isinstance(node.module, nn.Linear | _ConvNd) and not (
+                is_depthwise(node.module) or self._graph.is_out_channel_pruning_fn(item.dep.handler)
+            )
+            boundary |= node.module is self._input or (not node.outputs and not reads)
+            slots = tuple(self._slots(node.module, node.pruning_dim, reads))
+            if slots:
+                writes = node.module in self._paths and not reads
+                makes = writes and isinstance(node.module, nn.Linear | _ConvNd)
+                makes = makes and not is_depthwise(node.module)
+                members.append(
+                    _Member(
+                        slots,
+                        self._paths[node.module] if makes else None,
+                        np.asarray(item.idxs, np.intp),
+                        np.asarray(item.root_idxs, np.intp),
+                    )
+                )
+        return members, boundary
+
+    def _slots(self, target: nn.Module | nn.Parameter, dim: int, reads: bool) -> Iterator[Slot]:
+        """The axes that one member's indices count on."""
+        if isinstance(target, nn.Parameter):
+            if target is not self._input:
+                yield self._names[id(target)], dim % target.dim()
+            return
+        if target not in self._paths:
+            return  # a stand-in for an operator without weights
+        path = self._paths[target]
+        if isinstance(target, nn.LayerNorm) and target.weight is None:
+            raise TraceError(f"{describe(path, target)} has no weights, expected affine=True")
+        tensors = dict(target.named_parameters(recurse=False)) | dict(
+            target.named_buffers(recurse=False)
+        )
+        for leaf, tensor in tensors.items():
+            name = f"{path}.{leaf}" if path else leaf
+            if reads and leaf == "weight":
+                yield name, 1
+            elif (
+                not reads
+                and tensor.dim()
+                and not (isinstance(target, nn.PReLU) and tensor.numel() == 1)
+            ):
+                yield name, 0
+
+
+@dataclass
+class _Labels:
+    """Per axis, the group and unit of each index; group -1: none."""
+
+    groups: NDArray[np.intp]
+    units: NDArray[np.intp]
+
+
+def trace(model: nn.Module, example: Tensor) -> Architecture:
+    """Describe a model as groups of coupled units, tensors, costs and gates.
+
+    Args:
+        model: The dense model; it is not changed.
+        example: (1, *shape) one sample, as the model takes it.
+
+    Returns:
+        The architecture; `overhead_bytes` is left 0.
+
+    Raises:
+        TraceError: Something in the model cannot be cut safely; names the layer or group.
+    """
+    if example.dim() < 2 or example.shape[0] != 1:
+        raise TraceError(f"example of shape {tuple(example.shape)}, expected (1, ...)")
+    _check_layers(model)
+    shapes_only = on_shapes(model)
+    dense = record(shapes_only, tuple(example.shape), example.dtype)
+    shapes = _tensor_shapes(model)
+    groups, labels = _find_groups(_Couplings(model, example), dense, shapes, model)
+    tensors = _tensor_specs(model, dense, shapes, list(groups), labels)
+    architecture = Architecture(
+        groups=groups,
+        tensors=tensors,
+        gates=_gates(model, groups, tensors),
+        observed=tuple(
+            f"{path}.weight"
+            for path, layer in _weighted(model)
+            if any(s.group for s in _spec(tensors, f"{path}.weight").axes[1])
+        ),
+        input_shape=tuple(example.shape[1:]),
+        classes=dense.output_shape[-1],
+    )
+    buffers, live = activations(shapes_only, architecture, dense, example.dtype)
+    architecture = architecture.model_copy(update={"activations": buffers, "live": live})
+    check_cut_equals_zeroed(model, architecture)
+    return architecture
+
+
+def _check_layers(model: nn.Module) -> None:
+    """Refuse layers whose weights cannot be cut along channels."""
+    for path, layer in model.named_modules():
+        named = describe(path, layer)
+        holds = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+        if any(isinstance(p, UninitializedTensorMixin) for p in holds):
+            raise TraceError(f"{named} has no shape yet, expected a model that has run once")
+        if isinstance(layer, _ConvTransposeNd):
+            raise TraceError(f"{named} is not supported, supported are {SUPPORTED}")
+        if isinstance(layer, _ConvNd):
+            if layer.groups > 1 and not is_depthwise(layer):
+                raise TraceError(
+                    f"{named}: groups={layer.groups} with {layer.in_channels} to "
+                    f"{layer.out_channels} channels, supported are {SUPPORTED}"
+                )
+        elif isinstance(layer, _BatchNorm):
+            if layer.running_mean is None:
+                raise TraceError(f"{named} keeps no running statistics, expected that it does")
+        elif isinstance(layer, nn.LayerNorm):
+            if len(layer.normalized_shape) != 1:
+                raise TraceError(
+                    f"{named} normalises over {tuple(layer.normalized_shape)}, expected one axis"
+                )
+        elif isinstance(layer, nn.Linear | nn.PReLU):
+            continue
+        elif holds and type(layer).__module__.startswith("torch."):
+            raise TraceError(f"{named} is not supported, supported are {SUPPORTED}")
+
+
+def _tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters, then of all statistics."""
+    named = [*model.named_parameters(), *statistics_of(model)]
+    return {name: tuple(tensor.shape) for name, tensor in named}
+
+
+def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers and convolutions that are not depthwise."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | _ConvNd) and not is_depthwise(layer):
+            yield path, layer
+
+
+def _find_groups(
+    couplings: _Couplings,
+    dense: Recording,
+    shapes: Mapping[str, tuple[int, ...]],
+    model: nn.Module,
+) -> tuple[dict[str, int], dict[Slot, _Labels]]:
+    """Name the groups and label every index that belongs to one."""
+    weighted = dict(_weighted(model))
+    order = [path for path in dense.layers() if path in weighted]
+    labels = {
+        (name, axis): _Labels(np.full(n, -1, np.intp), np.zeros(n, np.intp))
+        for name, shape in shapes.items()
+        for axis, n in enumerate(shape)
+    }
+    seen = {path: np.zeros(couplings.outputs_of(path), np.bool_) for path in order}
+    groups: dict[str, int] = {}
+    for path in order:
+        todo = np.flatnonzero(~seen[path])
+        if not todo.size:
+            continue
+        members, _ = couplings.of(path, todo)
+        for units in _runs(members, todo):
+            run, boundary = couplings.of(path, units)
+            _check_independent(couplings, path, model, run, units)
+            producers = [m for m in run if m.producer in seen]
+            for member in producers:
+                seen[str(member.producer)][member.indices] = True
+            if boundary or units.size < 2:
+                continue
+            first = min((str(m.producer) for m in producers), key=order.index)
+            name = next(n for n in _names(first) if n not in groups)
+            _label(labels, len(groups), name, run, units)
+            groups[name] = int(units.size)
+    if not groups:
+        raise TraceError(
+            f"{describe('', model)} has no layer whose outputs can be cut, expected at least one "
+            f"Conv or Linear layer besides the output"
+        )
+    return groups, labels
+
+
+def _names(path: str) -> Iterator[str]:
+    yield path
+    yield from (f"{path}:{i}" for i in range(2, 1_000_000))
+
+
+def _runs(members: list[_Member], units: NDArray[np.intp]) -> Iterator[NDArray[np.intp]]:
+    """Split a layer's outputs into runs that are coupled to the same axes."""
+    place = {int(u): i for i, u in enumerate(units)}
+    coupled = np.zeros((units.size, len(members)), np.intp)
+    for column, member in enumerate(members):
+        np.add.at(coupled, ([place[int(u)] for u in member.units], column), 1)
+    changes = (coupled[1:] != coupled[:-1]).any(axis=1) | (np.diff(units) != 1)
+    yield from np.split(units, np.flatnonzero(changes) + 1)
+
+
+def _check_independent(
+    couplings: _Couplings, path: str, model: nn.Module, run: list[_Member], units: NDArray[np.intp]
+) -> None:
+    """Refuse a layer whose outputs are coupled with one another (TraceError)."""
+
+    def touched(members: list[_Member]) -> set[tuple[Slot, int]]:
+        return {
+            (slot, int(i))
+            for m in members
+            for i, u in zip(m.indices, m.units, strict=True)
+            for slot in m.slots
+            if u == units[0]
+        }
+
+    if touched(run) != touched(couplings.of(path, units[:1])[0]):
+        raise TraceError(
+            f"{describe(path, model.get_submodule(path))}: its outputs are coupled with one "
+            f"another, expected whole, contiguous blocks of channels (no chunks that meet again)"
+        )
+
+
+def _label(
+    labels: dict[Slot, _Labels],
+    number: int,
+    name: str,
+    run: list[_Member],
+    units: NDArray[np.intp],
+) -> None:
+    """Write one group's units onto every axis that they lie on."""
+    for member in run:
+        for slot in member.slots:
+            if slot not in labels:
+                continue  # a buffer that inference does not read
+            label = labels[slot]
+            outside = member.indices.max(initial=0) >= label.groups.size
+            if outside or (label.groups[member.indices] >= 0).any():
+                raise TraceError(
+                    f"group {name}: its units do not fit {slot[0]} (axis {slot[1]} of "
+                    f"{label.groups.size}), expected whole, contiguous blocks of channels"
+                )
+            label.groups[member.indices] = number
+            label.units[member.indices] = member.units - units[0]
+
+
+def _segments(name: str, label: _Labels, groups: list[str], sizes: Mapping[int, int]) -> Axis:
+    """Read an axis's labels as segments (TraceError if a group's units are not whole blocks)."""
+    segments: list[Segment] = []
+    start, n = 0, label.groups.size
+    while start < n:
+        number = int(label.groups[start])
+        differs = np.flatnonzero(label.groups[start:] != number)
+        stop = start + int(differs[0]) if differs.size else n
+        if number < 0:
+            segments.append(Segment(units=stop - start))
+            start = stop
+            continue
+        units = label.units[start:stop]
+        block = int(np.flatnonzero(np.append(units, -1) != units[0])[0])
+        length = sizes[number] * block
+        expected = np.repeat(np.arange(sizes[number]), block)
+        if not np.array_equal(units[:length], expected):
+            raise TraceError(
+                f"group {groups[number]}: its units lie scattered in {name}, expected whole, "
+                f"contiguous blocks of channels (no channel shuffle)"
+            )
+        segments.append(Segment(group=groups[number], units=sizes[number], block=block))
+        start += length
+    return tuple(segments)
+
+
+def _tensor_specs(
+    model: nn.Module,
+    dense: Recording,
+    shapes: Mapping[str, tuple[int, ...]],
+    groups: list[str],
+    labels: Mapping[Slot, _Labels],
+) -> tuple[TensorSpec, ...]:
+    """All tensors, axis by axis, with what they cost."""
+    sizes = {
+        i: 1 + max(int(x.units[x.groups == i].max(initial=0)) for x in labels.values())
+        for i in range(len(groups))
+    }
+    rows = {
+        path: len(_weight(layer))
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | _ConvNd)
+    }
+    positions = {f"{path}.weight": n for path, n in dense.positions(rows).items()}
+    shipped = _artifact_bytes(model, dense)
+    statistics = {name for name, _ in statistics_of(model)}
+    return tuple(
+        TensorSpec(
+            name=name,
+            role=Role.STATISTIC if name in statistics else Role.PARAMETER,
+            axes=tuple(
+                _segments(name, labels[name, axis], groups, sizes) for axis in range(len(shape))
+            ),
+            positions=positions.get(name, 0),
+            artifact_bytes=shipped.get(name, 4),
+        )
+        for name, shape in shapes.items()
+    )
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    return layer.get_parameter("weight")
+
+
+def _artifact_bytes(model: nn.Module, dense: Recording) -> dict[str, int]:
+    """Bytes per element of the BatchNorm tensors that export folds into the layer before.
+
+    A layer without a bias gets one by folding: it is counted with the norm, once.
+    """
+    shipped: dict[str, int] = {}
+    for norm, layer in dense.folded().items():
+        leaves = ("weight", "bias", "running_mean", "running_var")
+        shipped |= {f"{norm}.{leaf}": 0 for leaf in leaves}
+        if model.get_submodule(layer).bias is None:
+            has_bias = model.get_submodule(norm).bias is not None
+            shipped[f"{norm}.{'bias' if has_bias else 'running_mean'}"] = 4
+    return shipped
+
+
+def _spec(tensors: tuple[TensorSpec, ...], name: str) -> TensorSpec:
+    return next(t for t in tensors if t.name == name)
+
+
+def _gates(
+    model: nn.Module, groups: Mapping[str, int], tensors: tuple[TensorSpec, ...]
+) -> dict[str, tuple[Gate, ...]]:
+    """Per group the norm layers' weights and biases on it, or what makes its units."""
+    layers = dict(model.named_modules())
+
+    def gates(group: str, kinds: tuple[type[nn.Module], ...]) -> Iterator[Gate]:
+        for spec in tensors:
+            path, _, _ = spec.name.rpartition(".")
+            layer = layers[path]
+            if spec.role is not Role.PARAMETER or not isinstance(layer, kinds):
+                continue
+            start = 0
+            for s in spec.axes[0] if not is_depthwise(layer) else ():
+                if s.group == group:
+                    yield Gate(tensor=spec.name, axis=0, start=start)
+                start += s.units * s.block
+
+    return {
+        group: tuple(gates(group, (_BatchNorm, nn.LayerNorm)))
+        or tuple(gates(group, (nn.Linear, _ConvNd)))
+        for group in groups
+    }

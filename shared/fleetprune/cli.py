@@ -1,0 +1,185 @@
+"""The command `fleetprune`, and what it does about errors.
+
+Its sub-commands live in distributions' other packages and are loaded by name when they are
+called, so that `fleetprune agent` on a device imports neither torch nor flwr, and a command
+whose optional dependencies are missing can say so.
+
+Exit codes: 0 done; 1 something failed; 2 the input or the installation is wrong; 130 Ctrl-C.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version as distribution_version
+from typing import Annotated, Any, NoReturn
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from fleetprune.errors import FleetpruneError, MissingExtraError, UsageError
+
+FAILED = 1
+MISUSED = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+@dataclass(frozen=True)
+class SubCommand:
+    """Where a sub-command is, and what it needs."""
+
+    module: str
+    """Holds the typer application `app`."""
+    extra: str
+    """Optional dependencies of the distribution that it needs."""
+    summary: str
+
+
+SUB_COMMANDS = {
+    "agent": SubCommand(
+        "fleetprune_agent.commands", "agent", "Train, install and run models on this device."
+    ),
+    "coordinator": SubCommand(
+        "fleetprune_coordinator.commands", "coordinator", "Run a fleet's rounds and releases."
+    ),
+    "demo": SubCommand(
+        "fleetprune_sim.demo", "demo", "Run a whole fleet of six devices on this machine."
+    ),
+}
+
+
+@dataclass
+class Options:
+    """Options of the command itself, known once they are parsed."""
+
+    debug: bool = False
+
+
+class LazyCommand(click.Command):
+    """Stands for a sub-command in the list of commands, and becomes it when it is called."""
+
+    def __init__(self, name: str, target: SubCommand) -> None:
+        super().__init__(name, help=target.summary)
+        self._target = target
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """Load the real command and let it parse its own arguments."""
+        module = importlib.import_module(self._target.module)
+        command = typer.main.get_command(module.app)
+        return command.make_context(info_name, args, parent=parent, **extra)
+
+
+class LazyGroup(TyperGroup):
+    """Finds its sub-commands in `SUB_COMMANDS`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names, in the order in which they are documented."""
+        return list(SUB_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """A stand-in that loads the sub-command when it is called."""
+        target = SUB_COMMANDS.get(cmd_name)
+        return None if target is None else LazyCommand(cmd_name, target)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Call the sub-command; a missing dependency becomes advice."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as e:
+            target = SUB_COMMANDS.get(ctx.invoked_subcommand or "")
+            package = (e.name or "").partition(".")[0]
+            if target is None or not package or package == "fleetprune":
+                raise
+            raise MissingExtraError(
+                f"`fleetprune {ctx.invoked_subcommand}` needs {package}, which is not installed: "
+                f"pip install 'fleetprune[{target.extra}]'"
+            ) from e
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fleetprune {distribution_version('fleetprune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    ctx: typer.Context,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error came from (a traceback).")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Give every device class in a fleet the best model that fits it.
+
+    The models are learned from data that never leaves the devices.
+    """
+    if isinstance(ctx.obj, Options):
+        ctx.obj.debug = debug
+
+
+def run(arguments: Sequence[str], options: Options) -> int:
+    """Run one command line; returns its exit code, or raises what `main` reports.
+
+    Args:
+        arguments: Words after `fleetprune`.
+        options: Filled in from the arguments.
+    """
+    command = typer.main.get_command(app)
+    try:
+        result = command.main(
+            list(arguments), prog_name="fleetprune", standalone_mode=False, obj=options
+        )
+    except click.ClickException as e:  # already says how the command is used
+        if isinstance(e, click.exceptions.NoArgsIsHelpError):
+            e.show()
+        else:
+            _say(e.format_message())
+        return e.exit_code
+    except click.Abort:
+        return INTERRUPTED
+    return result if isinstance(result, int) else 0
+
+
+def main() -> NoReturn:
+    """Entry point of the console command."""
+    options = Options()
+    try:
+        code = run(sys.argv[1:], options)
+    except FleetpruneError as e:
+        if options.debug:
+            raise
+        _say(str(e))
+        code = MISUSED if isinstance(e, UsageError) else FAILED
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def _say(message: str) -> None:
+    """One line on standard error."""
+    sys.stderr.write(f"fleetprune: {' '.join(message.split())}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,405 @@
+"""One MQTT 3.1.1 connection that keeps itself up; the only module that imports paho.
+
+What it promises is little, because a broker's promises are worth little: a message may be lost,
+doubled or late. Nothing is kept for a peer that is away. Whoever needs an answer asks again, and
+what must not be lost lies in an outbox or in the registry.
+
+Three threads: paho's own (sockets; its callbacks only enqueue), a keeper that connects and
+reconnects, and a dispatcher that calls `on_up` and `on_message`, where publishing is safe.
+"""
+
+import logging
+import queue
+import random
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.reasoncodes import ReasonCode
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fleetprune.errors import ConfigError, TransportError
+from fleetprune.retry import Backoff
+
+log = logging.getLogger(__name__)
+
+RECONNECT = Backoff(first_s=0.5, most_s=60.0)  # a fleet of 10,000 then knocks 330 times a second
+STEADY_S = 10.0  # a connection that held so long starts the back-off anew
+CONNECT_S = 5.0  # for TCP and TLS, and again for the broker's CONNACK
+INBOX = 512  # messages waiting for the dispatcher: at most 48 MiB of blocks
+OUTBOX = 512  # messages handed to paho and not acknowledged by the broker
+MAX_PACKET = 256 * 1024  # bytes; blocks take half of it, and paho would buffer 256 MB
+IN_FLIGHT = 64  # of these, sent at once: a window for each of several devices
+QOS = 1
+
+_REFUSALS = {
+    "Bad user name or password": "bad user name or password",
+    "Not authorized": "not authorised; check user name, password or certificate",
+    "Client identifier not valid": "the client id is not valid",
+    "Server unavailable": "the server is unavailable",
+    "Unsupported protocol version": "it does not speak MQTT 3.1.1",
+}
+
+
+class BrokerSettings(BaseModel):
+    """Where the broker is and how to prove who we are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=1883, ge=1, le=65535)
+    username: str | None = None
+    password: str | None = Field(default=None, repr=False)
+    ca_file: Path | None = None
+    """Certificates to verify the broker with; given: TLS is used."""
+    cert_file: Path | None = None
+    """The client's certificate, for brokers that require one."""
+    key_file: Path | None = None
+    keepalive_s: int = Field(default=30, ge=5, le=3600)
+    """Silence after which a peer counts as gone; some brokers close clients that say 0."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "BrokerSettings":
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file belong together")
+        if self.cert_file is not None and self.ca_file is None:
+            raise ValueError("cert_file needs ca_file: without it the broker is not verified")
+        return self
+
+    @property
+    def address(self) -> str:
+        """`host:port`."""
+        return f"{self.host}:{self.port}"
+
+
+class Phase(Enum):
+    """What a connection is doing."""
+
+    STOPPED = "stopped"
+    CONNECTING = "connecting"
+    SUBSCRIBING = "subscribing"
+    UP = "up"
+    WAITING = "waiting"
+    """Lost or refused; the keeper sleeps until the next attempt."""
+
+
+def packet_size(topic: str, payload: bytes, qos: int = QOS) -> int:
+    """Bytes of an MQTT 3.1.1 PUBLISH packet, without TCP and TLS."""
+    rest = 2 + len(topic.encode()) + (2 if qos else 0) + len(payload)
+    digits = 1 + (rest >= 1 << 7) + (rest >= 1 << 14) + (rest >= 1 << 21)
+    return 1 + digits + rest
+
+
+class _CountingClient(paho.Client):
+    """Counts what goes through the socket, and refuses to read packets of absurd length.
+
+    paho moves every byte, of every packet type, through these two methods, so acknowledgements,
+    pings and connects are counted too; a test compares the counts with those of a TCP proxy. Under
+    TLS they see the plain text: records add some 25 bytes per write, and handshakes are not seen.
+    """
+
+    received = 0
+    sent = 0
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        if bufsize > MAX_PACKET:
+            raise ConnectionError(f"the broker announced a packet of {bufsize} bytes")
+        data = super()._sock_recv(bufsize)
+        self.received += len(data)
+        return data
+
+    def _sock_send(self, buf: bytes | bytearray) -> int:
+        length = super()._sock_send(buf)
+        self.sent += length
+        return length
+
+
+class Connection:
+    """Keeps a client connected and its subscriptions in place until it is stopped."""
+
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        client_id: str,
+        *,
+        on_message: Callable[[str, bytes], None],
+        on_up: Callable[[], None] = lambda: None,
+        will: tuple[str, bytes] | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        """Prepare; nothing is opened before `start`.
+
+        Args:
+            settings: The broker.
+            client_id: Unique on that broker: a second client of the same id ends this one.
+            on_message: Gets topic and unverified payload, in the dispatcher's thread.
+            on_up: Called there after each (re)connect, when the subscriptions are in place.
+            will: Topic and payload that the broker publishes, retained, when we vanish.
+            rng: Jitter of the back-off.
+
+        Raises:
+            ConfigError: A certificate or key cannot be loaded.
+        """
+        self._settings, self._on_message, self._on_up = settings, on_message, on_up
+        self._rng = rng or random.Random()  # noqa: S311  (jitter)
+        self._filters: list[str] = []
+        self._status = "not started"
+        self._trouble: str | None = None  # why the last attempt failed; stays while we try again
+        self._refusal: str | None = None
+        self._phase = Phase.STOPPED
+        self._changed = threading.Condition()
+        self._stopping = threading.Event()
+        self._down = threading.Event()
+        self._answered = threading.Event()
+        self._events: queue.SimpleQueue[Callable[[], None] | tuple[str, bytes]] = (
+            queue.SimpleQueue()
+        )
+        self._threads: list[threading.Thread] = []
+        self._client = self._make_client(client_id, will)
+
+    def _make_client(self, client_id: str, will: tuple[str, bytes] | None) -> _CountingClient:
+        client = _CountingClient(
+            CallbackAPIVersion.VERSION2,
+            client_id=client_id,
+            clean_session=True,  # a broker's session is no store; the state is published anew
+            protocol=paho.MQTTv311,
+            reconnect_on_failure=False,
+        )
+        client.connect_timeout = CONNECT_S
+        client.max_queued_messages_set(OUTBOX)
+        client.max_inflight_messages_set(IN_FLIGHT)
+        if self._settings.username is not None:
+            client.username_pw_set(self._settings.username, self._settings.password)
+        if self._settings.ca_file is not None:
+            client.tls_set_context(_tls(self._settings))
+        if will is not None:
+            client.will_set(*will, qos=QOS, retain=True)
+        client.on_connect = self._connected
+        client.on_subscribe = self._subscribed
+        client.on_disconnect = self._disconnected
+        client.on_message = self._received
+        client.on_socket_open = _without_delay
+        return client
+
+    @property
+    def phase(self) -> Phase:
+        """What the connection is doing."""
+        return self._phase
+
+    @property
+    def status(self) -> str:
+        """The same for people, in one line, with the reason if it is not up."""
+        return self._status
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes written to the socket since the start, all packets of all connections."""
+        return self._client.sent
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes read from the socket since the start, all packets of all connections."""
+        return self._client.received
+
+    def start(self) -> None:
+        """Begin to connect, in the background."""
+        if self._threads:
+            return
+        self._stopping.clear()
+        for work in (self._keep, self._dispatch):
+            thread = threading.Thread(target=work, name=f"mqtt{work.__name__}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def stop(self) -> None:
+        """Disconnect; returns when no callback runs any more. Not to be called from a callback."""
+        self._stopping.set()
+        self._down.set()
+        self._answered.set()
+        self._events.put(lambda: None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        self._trouble = None
+        self._enter(Phase.STOPPED, "stopped")
+
+    def wait_connected(self, timeout: float) -> None:
+        """Block until the connection is up and subscribed.
+
+        Raises:
+            TransportError: It is not, after `timeout` seconds; says why.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._phase is Phase.UP, timeout):
+                raise TransportError(self._status)
+
+    def subscribe(self, filters: Iterable[str]) -> None:
+        """Subscribe now, if up, and at each reconnect."""
+        new = [f for f in filters if f not in self._filters]
+        self._filters.extend(new)
+        if new and self._phase is Phase.UP:
+            self._client.subscribe([(f, QOS) for f in new])
+
+    def publish(self, topic: str, payload: bytes, *, qos: int = QOS, retain: bool = False) -> bool:
+        """Hand a message to the broker.
+
+        Returns:
+            Whether it was handed over: False if the connection is not up or the queue is full.
+            True does not say that anybody got it.
+        """
+        if self._phase is not Phase.UP:
+            return False
+        code = self._client.publish(topic, payload, qos=qos, retain=retain).rc
+        return code == MQTTErrorCode.MQTT_ERR_SUCCESS
+
+    # The keeper's thread.
+
+    def _keep(self) -> None:
+        attempt = 0
+        while not self._stopping.is_set():
+            started = time.monotonic()
+            self._enter(Phase.CONNECTING, f"connecting to broker {self._settings.address}")
+            self._down.clear()
+            self._answered.clear()
+            reason = self._connect_once()
+            if self._stopping.is_set():
+                break
+            attempt = 0 if time.monotonic() - started > STEADY_S + CONNECT_S else attempt + 1
+            self._trouble = reason
+            self._enter(Phase.WAITING, reason)
+            log.warning("%s", reason)
+            self._stopping.wait(RECONNECT.full_jitter(attempt, self._rng))
+
+    def _connect_once(self) -> str:
+        """Connect and stay until the connection ends; why it ended."""
+        broker = f"broker {self._settings.address}"
+        try:
+            self._client.connect(
+                self._settings.host, self._settings.port, self._settings.keepalive_s
+            )
+        except (OSError, ValueError) as e:
+            return f"{broker} is unreachable: {_explain(e)}"
+        self._client.loop_start()
+        try:
+            if not self._answered.wait(CONNECT_S):
+                return f"{broker} accepts connections but does not answer as MQTT; check the port"
+            self._down.wait()
+            reason, self._refusal = self._refusal, None
+            return reason or f"{broker} dropped the connection"
+        finally:
+            self._client.disconnect()
+            self._client.loop_stop()
+
+    # Callbacks, in paho's thread: they only note and enqueue.
+
+    def _connected(
+        self, _client: paho.Client, _data: Any, _flags: Any, code: ReasonCode, _properties: Any
+    ) -> None:
+        if code.is_failure:
+            reason = _REFUSALS.get(code.getName(), code.getName())
+            self._refusal = f"broker {self._settings.address} refused us: {reason}"
+            self._down.set()
+        else:
+            self._events.put(self._subscribe_all)
+        self._answered.set()
+
+    def _subscribed(
+        self, _client: paho.Client, _data: Any, _mid: int, codes: list[ReasonCode], _props: Any
+    ) -> None:
+        refused = sum(code.is_failure for code in codes)
+        if refused:
+            log.error(
+                "broker %s refused %d of %d subscriptions; check its access list",
+                self._settings.address,
+                refused,
+                len(codes),
+            )
+        if self._phase is Phase.SUBSCRIBING:
+            self._events.put(self._up)
+
+    def _disconnected(self, *_args: Any) -> None:
+        self._down.set()
+        self._answered.set()
+
+    def _received(self, _client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
+        if self._events.qsize() >= INBOX:
+            log.warning("%d messages are waiting: one on %s is dropped", INBOX, message.topic)
+            return
+        self._events.put((message.topic, bytes(message.payload)))
+
+    # The dispatcher's thread.
+
+    def _dispatch(self) -> None:
+        while not self._stopping.is_set():
+            event = self._events.get()
+            try:
+                if callable(event):
+                    event()
+                else:
+                    self._on_message(*event)
+            except Exception:
+                log.exception("a message handler failed; the connection goes on")
+
+    def _subscribe_all(self) -> None:
+        if self._down.is_set():
+            return
+        if not self._filters:
+            self._up()
+            return
+        self._enter(Phase.SUBSCRIBING, f"subscribing at broker {self._settings.address}")
+        self._client.subscribe([(f, QOS) for f in self._filters])
+
+    def _up(self) -> None:
+        if self._down.is_set():
+            return
+        self._trouble = None
+        self._enter(Phase.UP, f"connected to broker {self._settings.address}")
+        log.info("%s", self._status)
+        self._on_up()
+
+    def _enter(self, phase: Phase, status: str) -> None:
+        with self._changed:
+            self._phase, self._status = phase, self._trouble or status
+            self._changed.notify_all()
+
+
+def _without_delay(_client: paho.Client, _data: Any, sock: Any) -> None:
+    """Send small packets at once: requests and acknowledgements would wait 40 ms for company."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _tls(settings: BrokerSettings) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=settings.ca_file)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if settings.cert_file is not None:
+            context.load_cert_chain(settings.cert_file, settings.key_file)
+    except (OSError, ssl.SSLError) as e:
+        files = ", ".join(
+            str(f) for f in (settings.ca_file, settings.cert_file, settings.key_file) if f
+        )
+        raise ConfigError(f"certificates {files} cannot be loaded: {e.strerror or e}") from e
+    return context
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate does not verify: {error.verify_message}; check ca_file and host"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {error.reason or error}; check the port and the certificates"
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused; is it running?"
+    if isinstance(error, socket.gaierror):
+        return "its name is not known; check the host"
+    if isinstance(error, TimeoutError):
+        return f"no answer within {CONNECT_S:g} s; is a firewall in between?"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error)

@@ -1,0 +1,1 @@
+"""Real data sets, split over the devices of a fleet."""

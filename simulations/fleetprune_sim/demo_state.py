@@ -1,0 +1,193 @@
+"""What the demo knows about its fleet, folded from the coordinator's events."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+Event = Mapping[str, Any]
+
+_REPORTED = ("release", "sha256", "accuracy", "latency_ms", "rss_mb", "bytes_up", "bytes_down")
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """One device, as far as the coordinator has heard of it."""
+
+    device_class: str
+    trains: bool
+    doing: str = "starting"
+    report: Mapping[str, Any] = field(default_factory=dict)
+    """Its latest telemetry: release, sha256, accuracy, latency_ms, rss_mb, bytes_up, bytes_down."""
+
+
+@dataclass(frozen=True)
+class FleetState:
+    """The whole fleet at one moment."""
+
+    devices: Mapping[str, DeviceState]
+    rounds: int
+    """Rounds that the run will have."""
+    done: int = 0
+    """Rounds that are over."""
+    seconds: float = 0.0
+    """Of all rounds so far."""
+    loss: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+    news: str = "starting"
+    """The latest event in words."""
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the last round is over, at the present pace."""
+        if not self.done:
+            return None
+        return (self.rounds - self.done) * self.seconds / self.done
+
+
+def apply(state: FleetState, event: Event) -> FleetState:
+    """The state after an event; what an older or newer coordinator omits or adds does no harm."""
+    state = replace(state, news=describe(event) or state.news)
+    match event.get("event"):
+        case "enrolled":
+            return _update(state, event, "enrolled")
+        case "round":
+            state = replace(
+                state,
+                done=int(event.get("round", state.done)),
+                rounds=int(event.get("of", state.rounds)),
+                seconds=state.seconds + float(event.get("seconds") or 0.0),
+                loss=event.get("loss"),
+                bytes_up=state.bytes_up + int(event.get("bytes_up") or 0),
+                bytes_down=state.bytes_down + int(event.get("bytes_down") or 0),
+            )
+            return _everyone(state, "training", "observing")
+        case "calibrate":
+            return _everyone(state, "calibrating", "calibrating")
+        case "release":
+            return _everyone(state, "updating", "updating")
+        case "installed":
+            doing = f"runs release {event.get('release', '?')}"
+            if event.get("state") == "rolled_back":
+                doing = f"rolled back: {event.get('error') or 'no reason given'}"
+            return _update(state, event, doing)
+    return state
+
+
+def describe(event: Event) -> str:
+    """An event in one line; empty for an event that this version does not know."""
+    match event.get("event"):
+        case "enrolled":
+            return f"{event.get('device')} enrolled as {event.get('class')}"
+        case "round":
+            loss = event.get("loss")
+            parts = [
+                f"round {event.get('round')}/{event.get('of')}",
+                f"loss {loss:.3f}" if isinstance(loss, int | float) else "loss -",
+                f"{float(event.get('seconds') or 0.0):.1f} s",
+                f"up {size(event.get('bytes_up'))}",
+                f"down {size(event.get('bytes_down'))}",
+                f"{event.get('devices', '?')} devices",
+            ]
+            return "  ".join(parts)
+        case "remask":
+            return f"masks solved again: version {event.get('mask_version', '?')}"
+        case "calibrate":
+            return "calibrating every class's BatchNorm statistics"
+        case "release":
+            return f"release {event.get('release', '?')} signed and announced"
+        case "installed":
+            accuracy = event.get("accuracy")
+            own = f", {accuracy:.1%} right on its own data" if accuracy is not None else ""
+            return f"{event.get('device')} runs release {event.get('release', '?')}{own}"
+        case "done":
+            return "every device runs the release made for its class"
+    return ""
+
+
+def device_figures(state: FleetState) -> list[dict[str, Any]]:
+    """The list `devices` of a summary, in the order of the fleet."""
+    return [
+        {
+            "id": name,
+            "class": device.device_class,
+            "installed_sha256": device.report.get("sha256"),
+            **{k: device.report.get(k) for k in _REPORTED if k != "sha256"},
+        }
+        for name, device in state.devices.items()
+    ]
+
+
+def strangers(state: FleetState, summary: Mapping[str, Any]) -> list[str]:
+    """Devices that do not run the artifact made for their class."""
+    return [
+        name
+        for name, device in state.devices.items()
+        if device.report.get("sha256") is None
+        or device.report["sha256"]
+        != summary["classes"].get(device.device_class, {}).get("artifact", {}).get("sha256")
+    ]
+
+
+class EventReader:
+    """Reads the lines that were appended to a file since the last call."""
+
+    def __init__(self, path: Path) -> None:
+        """The file need not exist yet."""
+        self._path = path
+        self._offset = 0
+
+    def read(self) -> list[Event]:
+        """New events; a line that is still being written comes with a later call."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        events: list[Event] = []
+        for line in whole.splitlines():
+            event = json.loads(line)
+            if isinstance(event, dict):
+                events.append(event)
+        return events
+
+
+def size(count: float | None) -> str:
+    """Bytes for people: 0 B, 999 B, 1.2 kB, 34 kB, 5.6 MB."""
+    return scaled(count, ("B", "kB", "MB", "GB", "TB"))
+
+
+def scaled(count: float | None, units: tuple[str, ...]) -> str:
+    """A count with two significant digits below ten of a unit, else as an integer."""
+    if count is None:
+        return "-"
+    value, step = float(count), 0
+    while value >= 999.5 and step < len(units) - 1:
+        value, step = value / 1000, step + 1
+    digits = 1 if step and value < 9.95 else 0
+    return f"{value:.{digits}f} {units[step]}".rstrip()
+
+
+def _update(state: FleetState, event: Event, doing: str) -> FleetState:
+    """A device's own event."""
+    name = str(event.get("device"))
+    known = state.devices.get(name)
+    if known is None:
+        known = DeviceState(str(event.get("class", "?")), bool(event.get("trains", True)))
+    report = {k: event[k] for k in _REPORTED if k in event}
+    device = replace(known, doing=doing, report={**known.report, **report})
+    return replace(state, devices={**state.devices, name: device})
+
+
+def _everyone(state: FleetState, training: str, other: str) -> FleetState:
+    return replace(
+        state,
+        devices={
+            name: replace(device, doing=training if device.trains else other)
+            for name, device in state.devices.items()
+        },
+    )

@@ -1,0 +1,219 @@
+import hashlib
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from models import gemm
+from repositories import NOW, Clock, MemoryRepository
+from tuf.ngclient import Updater
+
+from fleetprune.blocks import NotFoundError
+from fleetprune.errors import InstallError, TransportError, TrustError
+from fleetprune.files import write_atomic
+from fleetprune_agent.trust import FolderSource, SignedFile, TrustedRepository
+
+
+class CountingSource(FolderSource):
+    """Stops after some chunks, as a lost connection does; counts what came."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.chunks = 0
+        self.stop_at = -1
+
+    def progress(self, name: str, done: int) -> None:
+        self.chunks += 1
+        if self.chunks == self.stop_at:
+            raise TransportError("the connection was lost")
+
+
+@pytest.fixture
+def repository() -> MemoryRepository:
+    return MemoryRepository()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def trusted(tmp_path: Path, repository: MemoryRepository, clock: Clock) -> TrustedRepository:
+    return TrustedRepository(tmp_path / "trust", repository.bootstrap, repository, clock)
+
+
+def test_a_manifest_is_fetched_and_verified(trusted, repository):
+    published = repository.release(1)
+    trusted.refresh()
+    assert trusted.manifest("phone") == published
+
+
+def test_the_first_question_refreshes(trusted, repository):
+    published = repository.release(1)
+    assert trusted.manifest("phone") == published
+
+
+def test_names_asked_for_are_plain_and_few(trusted, repository):
+    published = repository.release(1)
+    trusted.refresh()
+    trusted.manifest("phone")
+    sha = hashlib.sha256(published.to_bytes()).hexdigest()
+    assert repository.asked == [
+        "metadata/2.root.json",
+        "metadata/timestamp.json",
+        "metadata/2.snapshot.json",
+        "metadata/2.targets.json",
+        f"targets/classes/{sha}.phone.json",
+    ]
+
+
+def test_a_refresh_without_news_reads_only_root_and_timestamp(trusted, repository):
+    repository.release(1)
+    trusted.refresh()
+    repository.asked.clear()
+    trusted.refresh()
+    assert repository.asked == ["metadata/2.root.json", "metadata/timestamp.json"]
+
+
+def test_time_is_the_callers_not_the_systems(tmp_path, repository):
+    """Everything below expired long before, and long after, the machine that runs this test."""
+    for years in (-50, 50):
+        moment = NOW + timedelta(days=365 * years)
+        old = MemoryRepository(moment)
+        old.release(1)
+        trusted = TrustedRepository(tmp_path / str(years), old.bootstrap, old, Clock(moment))
+        trusted.refresh()
+        assert trusted.manifest("phone").release == 1
+
+
+def test_metadata_is_stored_durably(trusted, repository, monkeypatch):
+    """Pins the one private hook of python-tuf that is overridden."""
+    assert "_persist_file" in vars(Updater)
+    written = []
+
+    def spy(path: Path, data: bytes) -> None:
+        written.append(path.name)
+        write_atomic(path, data)
+
+    monkeypatch.setattr("fleetprune_agent.trust.write_atomic", spy)
+    trusted.refresh()
+    assert written == ["1.root.json", "timestamp.json", "snapshot.json", "targets.json"]
+
+
+def test_a_disk_that_refuses_is_an_install_error(tmp_path, repository, clock):
+    (tmp_path / "trust").write_text("not a folder")
+    trusted = TrustedRepository(tmp_path / "trust", repository.bootstrap, repository, clock)
+    with pytest.raises(InstallError, match=r"^cannot store metadata in .*/trust: File exists$"):
+        trusted.refresh()
+
+
+def test_a_missing_target_is_named(trusted, repository):
+    repository.release(1)
+    with pytest.raises(TrustError) as e:
+        trusted.manifest("gateway")
+    assert str(e.value) == "the release repository has no target classes/gateway.json"
+
+
+def test_missing_metadata_is_a_transport_error(trusted, repository):
+    del repository.snapshot.meta["targets.json"]
+    repository.snapshot.meta["targets.json"] = type(repository.timestamp.snapshot_meta)(7)
+    with pytest.raises(TransportError) as e:
+        trusted.refresh()
+    assert str(e.value) == "release repository: metadata/7.targets.json not found"
+
+
+def test_a_silent_source_is_a_transport_error(tmp_path, repository, clock):
+    class Silent(MemoryRepository):
+        def read(self, name, max_bytes):
+            raise TransportError("no answer in 30 s")
+
+    trusted = TrustedRepository(tmp_path, repository.bootstrap, Silent(), clock)
+    with pytest.raises(TransportError, match=r"^no answer in 30 s$"):
+        trusted.refresh()
+
+
+def test_a_failed_refresh_leaves_nothing_trusted_in_memory(trusted, repository, clock):
+    repository.release(1)
+    trusted.refresh()
+    clock.advance(days=2)
+    with pytest.raises(TrustError):
+        trusted.refresh()
+    with pytest.raises(TrustError, match="timestamp.json is expired"):
+        trusted.manifest("phone")
+
+
+def test_root_is_renewed(trusted, repository, clock):
+    repository.release(1)
+    trusted.refresh()
+    repository.root.version = 2
+    repository.root.expires = NOW + timedelta(days=700)
+    trusted.refresh()
+    assert "metadata/3.root.json" in repository.asked
+    clock.advance(days=400)
+    for payload in (repository.targets, repository.snapshot, repository.timestamp):
+        payload.expires = clock.now + timedelta(days=1)
+    repository.bump()
+    trusted.refresh()
+    assert trusted.manifest("phone").release == 1
+
+
+def test_a_stored_timestamp_that_is_damaged_is_fetched_again(trusted, repository, tmp_path):
+    repository.release(1)
+    trusted.refresh()
+    (tmp_path / "trust" / "timestamp.json").write_bytes(b"")
+    trusted.refresh()
+    assert trusted.manifest("phone").release == 1
+
+
+def test_a_target_is_downloaded_and_verified(trusted, repository, tmp_path):
+    manifest = repository.release(1)
+    into = trusted.target(manifest.model, tmp_path / "model.onnx")
+    assert into.read_bytes() == gemm(1)
+    assert [p.name for p in tmp_path.glob("model*")] == ["model.onnx"]
+
+
+def test_a_target_that_is_there_is_not_pulled_again(trusted, repository, tmp_path):
+    manifest = repository.release(1)
+    trusted.target(manifest.model, tmp_path / "model.onnx")
+    repository.asked.clear()
+    trusted.target(manifest.model, tmp_path / "model.onnx")
+    assert repository.asked == []
+
+
+def test_describe_names_the_blob(trusted, repository):
+    manifest = repository.release(1)
+    signed = trusted.describe(manifest.model)
+    assert signed == SignedFile(manifest.model, manifest.size, manifest.sha256)
+    assert signed.blob == f"targets/releases/phone/1/{manifest.sha256}.model.onnx"
+    assert SignedFile("top", 1, "00").blob == "targets/00.top"
+
+
+def test_a_pull_that_is_cut_off_continues(tmp_path):
+    data = bytes(range(256)) * 1024  # 4 chunks
+    (tmp_path / "targets").mkdir()
+    (tmp_path / "targets" / "x").write_bytes(data)
+    source, into = CountingSource(tmp_path), tmp_path / "into"
+    source.stop_at = 2
+    with pytest.raises(TransportError, match="the connection was lost"):
+        source.pull("targets/x", len(data), "", into)
+    assert into.stat().st_size == 2 * 65536
+    source.stop_at = -1
+    source.pull("targets/x", len(data), "", into)
+    assert (into.read_bytes(), source.chunks) == (data, 4)
+
+
+def test_a_folder_source_is_bounded_and_stays_inside(tmp_path):
+    public = tmp_path / "public"
+    public.mkdir()
+    (tmp_path / "secret").write_bytes(b"key")
+    (public / "file").write_bytes(b"12345")
+    source = FolderSource(public)
+    assert source.read("file", 5) == b"12345"
+    with pytest.raises(TrustError, match="^file is longer than 4 bytes$"):
+        source.read("file", 4)
+    with pytest.raises(TrustError, match="^file is longer than 4 bytes$"):
+        source.pull("file", 4, "", tmp_path / "into")
+    assert (tmp_path / "into").stat().st_size == 4
+    for name in ("../secret", "absent", "", ".."):
+        with pytest.raises(NotFoundError):
+            source.read(name, 10)
