@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from fleetprune.deflate import deflate
 from fleetprune.messages import Codec
 from fleetprune.positions import decode_positions, encode_positions
 from fleetprune.update import top_k
@@ -38,7 +39,9 @@ def entropy_bits(p: float) -> float:
 
 def values_table(n: int) -> Table:
     values = np.random.default_rng(0).normal(size=n).astype(np.float32)
-    table = Table("codec", "rounding", "bytes/value", "encode MB/s", "decode MB/s", "rms error")
+    table = Table(
+        "codec", "rounding", "bytes/value", "+z", "encode MB/s", "decode MB/s", "rms error"
+    )
     for codec in Codec:
         draws = (None, np.random.default_rng(1)) if codec in {Codec.INT8, Codec.INT4} else (None,)
         for rng in draws:
@@ -50,6 +53,7 @@ def values_table(n: int) -> Table:
                 codec,
                 "nearest" if rng is None else "stochastic",
                 f"{len(data) / n:.4f}",
+                f"{len(deflate(data, match=False)) / n:.4f}",
                 f"{4 * n / encode / 1e6:.0f}",
                 f"{4 * n / decode / 1e6:.0f}",
                 f"{np.sqrt(np.mean(error * error)):.5f}",

@@ -6,6 +6,7 @@ file and row it came from, so that an error names it too. `readers.py` has the f
 module has what is the same for all of them.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -183,7 +184,7 @@ class Batches:
 
     def __len__(self) -> int:
         """Batches of one pass."""
-        return -(-len(self.x) // self.batch)
+        return math.ceil(len(self.x) / self.batch)
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass over all samples."""

@@ -97,8 +97,12 @@ def install(
         return InstallOutcome(Status.REJECTED, manifest.release, reason)
     _require_room(repository, slots, manifest, checks.reserve_bytes)
     folder = slots.stage(manifest)
-    repository.target(manifest.model, folder / MODEL)
-    repository.target(manifest.golden, folder / GOLDEN)
+    try:
+        repository.target(manifest.model, folder / MODEL)
+        repository.target(manifest.golden, folder / GOLDEN)
+    except InstallError:
+        slots.unstage()  # a disk kept full by half a release could not even take the next metadata
+        raise
     try:
         _require_attempt_left(slots.begin_check(manifest))
         latency = check_health(folder, manifest, checks)

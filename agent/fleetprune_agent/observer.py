@@ -5,6 +5,7 @@ devices too small to train still decide which units matter (`criteria.wanda`) an
 BatchNorm statistics of a pruned model should be.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from fleetprune.model_payload import ModelPayload
 from fleetprune_agent.data import Batches
 from fleetprune_agent.sessions import Session, require_finite, run_graph
+from fleetprune_agent.trainer import StoppedError, never
 
 SUMS: Final = ("sumsq", "bn_sum", "bn_sumsq", "bn_count")
 
@@ -33,17 +35,25 @@ class Observed:
     correct: int | None
 
 
-def observe(session: Session, payload: ModelPayload, batches: Batches) -> Observed:
+def observe(
+    session: Session,
+    payload: ModelPayload,
+    batches: Batches,
+    stopped: Callable[[], bool] = never,
+) -> Observed:
     """Run the `observe` graph once over all samples.
 
     Sums are kept in float64: a device may have more samples than float32 can count in squares.
 
     Raises:
         GraphError: A sum is not finite, or the runtime fails.
+        StoppedError: `stopped`, asked before each batch, said so.
     """
     totals: dict[str, NDArray[np.float64]] = {}
     samples = correct = 0
     for batch in batches:
+        if stopped():
+            raise StoppedError(f"stopped after {samples} of {len(batches.x)} samples")
         feeds = {"x": batch.x, "sw": batch.sw, "params": payload.params, "stats": payload.stats}
         out = run_graph(session, feeds)
         samples += batch.samples

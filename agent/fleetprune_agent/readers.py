@@ -42,7 +42,8 @@ def read_npz(path: Path) -> Samples:
 def _npz_part(file: Path) -> Samples:
     arrays: dict[str, NDArray[np.generic]] = {}
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with file.open("rb") as stream:  # of our own: numpy leaves it open if it is no archive
+            archive = np.load(stream, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile) or "x" not in archive:
                 raise DataError(f"{file}: no array called x")
             for key in ("x", "y"):
@@ -62,7 +63,7 @@ def _npz_part(file: Path) -> Samples:
 class _Window:
     row: int
     """Line of the file on which it begins."""
-    values: array[float] = field(default_factory=lambda: array("d"))
+    values: "array[float]" = field(default_factory=lambda: array("d"))
     steps: list[float] = field(default_factory=list)
     labels: Counter[str] = field(default_factory=Counter)
 

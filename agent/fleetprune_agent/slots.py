@@ -173,6 +173,11 @@ class Slots:
                 write_atomic(folder / _STAGING, staging.to_bytes())
             return folder
 
+    def unstage(self) -> None:
+        """Empty the idle slot and give its space back; needs none itself."""
+        with self._locked():
+            _wipe(self.folder / self._idle(self.active()))
+
     def begin_check(self, manifest: Manifest) -> int:
         """Count an attempt at the health check of the staged release, before it is made.
 

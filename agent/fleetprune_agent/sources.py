@@ -26,7 +26,9 @@ class DeviceSource:
     the hash in the task only has to agree with it.
     """
 
-    def __init__(self, repository: Callable[[], TrustedRepository], puller: Puller, folder: Path):
+    def __init__(
+        self, repository: Callable[[], TrustedRepository], puller: Puller, folder: Path
+    ) -> None:
         """Use `folder` for what is on its way.
 
         Args:

@@ -84,6 +84,7 @@ def report(
     device: str,
     device_class: str,
     slots: Slots,
+    *,
     measured: Measured,
     traffic: Traffic,
     error: str = "",

@@ -1,15 +1,24 @@
 """Local training: the optimiser steps of one task, with all state in NumPy vectors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetprune.errors import GraphError
+from fleetprune.errors import FleetpruneError, GraphError
 from fleetprune.model_payload import ModelPayload
 from fleetprune_agent.data import Batches
-from fleetprune_agent.sessions import Session, require_finite, run_graph
+from fleetprune_agent.sessions import Arrays, Session, require_finite, run_graph
+
+
+class StoppedError(FleetpruneError):
+    """The process is told to end; the work is done again at its next start."""
+
+
+def never() -> bool:
+    """The answer of those who are never told to stop."""
+    return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +49,7 @@ def train(
     max_steps: int,
     learning_rate: float,
     rng: np.random.Generator,
+    stopped: Callable[[], bool] = never,
 ) -> Trained:
     """Train for some epochs, each step with one of several graphs, drawn evenly.
 
@@ -55,12 +65,14 @@ def train(
         max_steps: At most so many steps; 0: as many as the epochs have.
         learning_rate: Of every step.
         rng: Draws the graphs.
+        stopped: Asked before each step.
 
     Returns:
         The trained model.
 
     Raises:
         GraphError: The loss or a weight is not finite, or the runtime fails.
+        StoppedError: `stopped` said so.
     """
     total = epochs * len(batches)
     if max_steps:
@@ -72,8 +84,10 @@ def train(
     loss_sum, seen, taken = 0.0, 0, 0
     while taken < total:
         for batch in batches:
+            if stopped():
+                raise StoppedError(f"stopped after {taken} of {total} steps")
             session = steps[int(rng.integers(len(steps)))] if len(steps) > 1 else steps[0]
-            feeds = {"x": batch.x, "y": batch.y, "sw": batch.sw, "lr": rate, **state}
+            feeds: Arrays = {"x": batch.x, "y": batch.y, "sw": batch.sw, "lr": rate, **state}
             out = run_graph(session, feeds)
             taken += 1
             loss = float(out["loss"])

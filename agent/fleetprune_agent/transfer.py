@@ -1,8 +1,9 @@
 """Named bytes from and to the coordinator, in blocks, over whatever carries messages.
 
-The agent's worker thread calls `read`, `pull` and `push` and waits; the thread that receives
-messages calls `feed`. What was fetched before a kill is not fetched again: a pull keeps its
-blocks in a part file named by the content's hash, and the coordinator remembers what was pushed.
+Worker threads call `read`, `pull` and `push` and wait; the thread that receives messages calls
+`feed`, which hands each answer to the transfer that drew its number. What was fetched before a
+kill is not fetched again: a pull keeps its blocks in a part file named by the content's hash, and
+the coordinator remembers what was pushed.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
 from pathlib import Path
@@ -39,8 +40,11 @@ class _Signal(Enum):
     RECONNECTED = auto()
 
 
+_Inbox = queue.Queue[_Answer | _Signal]
+
+
 class BlobClient:
-    """The device's side of block transfers; one at a time."""
+    """The device's side of block transfers; several may run at once, one `pull` among them."""
 
     def __init__(
         self,
@@ -70,14 +74,15 @@ class BlobClient:
         self._send, self._device, self._folder, self._clock = send, device, folder, clock
         self._window, self._block_size, self._patience = window, block_size, patience_s
         self._abort = abort or threading.Event()
-        self._inbox: queue.Queue[_Answer | _Signal] = queue.Queue(INBOX)
-        self._one = threading.Lock()
+        self._inboxes: dict[int, _Inbox] = {}  # by transfer
+        self._lock = threading.Lock()
+        self._pulling = threading.Lock()
         with storage_errors("create", folder):
             folder.mkdir(parents=True, exist_ok=True)
 
     def feed(self, kind: str, payload: bytes) -> None:
         """Take in an unverified message of `down/{device}/block` or `/stored`; never blocks."""
-        if kind not in KINDS or not self._one.locked():
+        if kind not in KINDS or not self._inboxes:
             return
         try:
             message = decode(payload)
@@ -85,16 +90,21 @@ class BlobClient:
             log.warning("%s: message on %s ignored: %s", self._device, kind, e)
             return
         if isinstance(message, Stored if kind == "stored" else Block | NotFound):
-            self._enqueue(message)
+            with self._lock:
+                inbox = self._inboxes.get(message.transfer)
+            if inbox is not None:
+                self._enqueue(inbox, message)
 
     def reconnected(self) -> None:
         """The connection is a new one: what was under way is asked for again at once."""
-        if self._one.locked():
-            self._enqueue(_Signal.RECONNECTED)
+        with self._lock:
+            inboxes = list(self._inboxes.values())
+        for inbox in inboxes:
+            self._enqueue(inbox, _Signal.RECONNECTED)
 
-    def _enqueue(self, item: "_Answer | _Signal") -> None:
+    def _enqueue(self, inbox: _Inbox, item: _Answer | _Signal) -> None:
         try:
-            self._inbox.put_nowait(item)
+            inbox.put_nowait(item)
         except queue.Full:
             log.debug("%s: inbox is full, a message is dropped", self._device)
 
@@ -110,8 +120,8 @@ class BlobClient:
             WireError: It is longer, or the answers do not fit the request.
             TransportError: No progress, or aborted.
         """
-        with self._alone():
-            machine = self._download(name, max_size=max_bytes)
+        with self._transfer() as (transfer, inbox):
+            machine = self._download(name, transfer, max_size=max_bytes)
             content = bytearray()
 
             def keep(block: Block) -> None:
@@ -120,7 +130,7 @@ class BlobClient:
                 start = block.index * self._block_size
                 content[start : start + len(block.data)] = block.data
 
-            self._run_download(machine, keep)
+            self._run_download(machine, inbox, keep)
             return bytes(content)
 
     def pull(self, name: str, size: int, sha256: str, into: Path) -> None:
@@ -139,13 +149,15 @@ class BlobClient:
             TransportError: No progress, or aborted; the next pull goes on where this one stopped.
             InstallError: The disk is full or refuses.
         """
-        with self._alone():
+        digest = _digest(sha256)
+        with self._pulling, self._transfer() as (transfer, inbox):
             self._tidy(keep=sha256)
             path = self._folder / f"{sha256}.part"
-            digest = _digest(sha256)
             with PartFile(path, size, digest, self._block_size) as part:
-                machine = self._download(name, max_size=size, size=size, have=part.have)
-                self._run_download(machine, lambda block: part.write(block.index, block.data))
+                machine = self._download(name, transfer, max_size=size, size=size, have=part.have)
+                self._run_download(
+                    machine, inbox, lambda block: part.write(block.index, block.data)
+                )
                 try:
                     part.finish(into)
                 except WireError as e:
@@ -159,10 +171,10 @@ class BlobClient:
             WireError: The answers do not fit what was sent.
             TransportError: No progress, or aborted; the next push goes on where this one stopped.
         """
-        with self._alone():
+        with self._transfer() as (transfer, inbox):
             machine = Upload(
                 name,
-                secrets.randbits(32),
+                transfer,
                 data,
                 block_size=self._block_size,
                 window=self._window,
@@ -171,32 +183,40 @@ class BlobClient:
             while not machine.done:
                 for put in machine.poll(self._clock()):
                     self._try_send("put", put.encode())
-                answer = self._next(machine.wake_at(), last_progress, name)
+                answer = self._next(inbox, machine.wake_at(), last_progress, name)
                 if answer is _Signal.RECONNECTED:
                     machine.reconnected()
                 elif isinstance(answer, Stored) and machine.receive(answer, self._clock()):
                     last_progress = self._clock()
 
     def _download(
-        self, name: str, *, max_size: int, size: int | None = None, have: set[int] | None = None
+        self,
+        name: str,
+        transfer: int,
+        *,
+        max_size: int,
+        size: int | None = None,
+        have: Iterable[int] = (),
     ) -> Download:
         return Download(
             name,
-            secrets.randbits(32),
+            transfer,
             max_size=max_size,
             size=size,
-            have=have or (),
+            have=have,
             block_size=self._block_size,
             window=self._window,
         )
 
-    def _run_download(self, machine: Download, keep: Callable[[Block], None]) -> None:
+    def _run_download(
+        self, machine: Download, inbox: _Inbox, keep: Callable[[Block], None]
+    ) -> None:
         last_progress = self._clock()
         while not machine.done:
             request = machine.poll(self._clock())
             if request is not None:
                 self._try_send("get", request.encode())
-            answer = self._next(machine.wake_at(), last_progress, machine.name)
+            answer = self._next(inbox, machine.wake_at(), last_progress, machine.name)
             if answer is _Signal.RECONNECTED:
                 machine.reconnected()
             elif isinstance(answer, Block | NotFound):
@@ -206,8 +226,8 @@ class BlobClient:
                     last_progress = self._clock()
 
     def _next(
-        self, wake_at: float | None, last_progress: float, name: str
-    ) -> "_Answer | _Signal | None":
+        self, inbox: _Inbox, wake_at: float | None, last_progress: float, name: str
+    ) -> _Answer | _Signal | None:
         """The next message, or None when it is time to look at the machine again."""
         now = self._clock()
         if self._abort.is_set():
@@ -218,7 +238,7 @@ class BlobClient:
             )
         wait = ABORT_S if wake_at is None else min(ABORT_S, wake_at - now)
         try:
-            return self._inbox.get(timeout=max(0.0, wait))
+            return inbox.get(timeout=max(0.0, wait))
         except queue.Empty:
             return None
 
@@ -229,11 +249,19 @@ class BlobClient:
             log.debug("%s: %s not sent, will be repeated: %s", self._device, kind, e)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        with self._one:
-            while not self._inbox.empty():  # left over from the transfer before
-                self._inbox.get_nowait()
-            yield
+    def _transfer(self) -> Iterator[tuple[int, _Inbox]]:
+        """A number that no transfer of ours has, and the inbox of its answers."""
+        inbox: _Inbox = queue.Queue(INBOX)
+        with self._lock:
+            transfer = secrets.randbits(32)
+            while transfer in self._inboxes:
+                transfer = secrets.randbits(32)
+            self._inboxes[transfer] = inbox
+        try:
+            yield transfer, inbox
+        finally:
+            with self._lock:
+                del self._inboxes[transfer]
 
     def _tidy(self, keep: str) -> None:
         """Remove the oldest part files: interrupted pulls that nobody resumed."""

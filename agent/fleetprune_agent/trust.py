@@ -28,7 +28,7 @@ from tuf.ngclient.updater import TargetFile, Updater  # type: ignore[attr-define
 
 from fleetprune.blocks import NotFoundError
 from fleetprune.errors import HostileInputError, MessageError, TransportError, TrustError
-from fleetprune.files import CHUNK, sha256_of, storage_errors, sync_file, write_atomic
+from fleetprune.files import CHUNK, sha256_of, storage_errors, sync_file, sync_folder, write_atomic
 from fleetprune.messages import MAX_MESSAGE, Manifest
 
 MAX_MANIFEST = MAX_MESSAGE // 2  # bytes; a slot's record holds the manifest and must fit a message
@@ -45,7 +45,7 @@ class BlobSource(Protocol):
 
         Raises:
             NotFoundError: There is none of that name (`fleetprune.blocks`).
-            TrustError: It is longer than `max_bytes`.
+            HostileInputError: It is longer than `max_bytes`.
             TransportError: No answer.
         """
         ...
@@ -53,9 +53,9 @@ class BlobSource(Protocol):
     def pull(self, name: str, size: int, sha256: str, into: Path) -> None:
         """Write a large blob to the file `into`, continuing what an earlier call began.
 
-        Never writes more than `size` bytes. Progress that survives a restart lies in files named
-        `<into>.*`; the caller deletes them together with `into` to start over. The caller
-        verifies the result.
+        Never writes more than `size` bytes. Whatever else must survive a restart lies in files
+        named `<into>.*`. To start over, the caller deletes all of these and `into`, whose name is
+        another one for other content. The caller verifies the result.
 
         Raises:
             NotFoundError: There is none of that name.
@@ -138,10 +138,12 @@ class _Fetcher(FetcherInterface):
 
 
 class _DurableUpdater(Updater):
-    """Stores verified metadata so that it survives a power cut."""
+    """Stores verified metadata so that it survives a power cut; spares the flash the rest."""
 
     def _persist_file(self, filename: str, data: bytes) -> None:
-        write_atomic(Path(filename), data)
+        path = Path(filename)
+        if not (path.is_file() and path.read_bytes() == data):  # root comes at every refresh
+            write_atomic(path, data)
 
 
 class TrustedRepository:
@@ -232,29 +234,34 @@ class TrustedRepository:
 
         Args:
             path: Target path, as in `Manifest.model` or `GraphRef.target`.
-            into: File to fill. If it already is the target, nothing is downloaded.
+            into: File to make or replace. If it already is the target, nothing is downloaded.
 
         Returns:
-            `into`, complete, verified and on disk.
+            `into`, complete, verified and on disk. It is replaced in one step at the end; until
+            then what comes lies in files named `<into>.*`.
 
         Raises:
-            TrustError: No such target is signed, or other bytes came; they are deleted.
+            TrustError: No such target is signed.
+            HostileInputError: Other bytes came; they are deleted.
             TransportError: The source does not answer; what came is kept for the next call.
             InstallError: The disk is full or refuses.
         """
         signed = self.describe(path)
+        part = into.with_name(f"{into.name}.{signed.sha256[:16]}")
         with storage_errors("download", into):
             if _mismatch(signed, into) is None:
                 return into
             try:
-                self._source.pull(signed.blob, signed.size, signed.sha256, into)
-                _verify(signed, into)
+                if _mismatch(signed, part) is not None:
+                    self._source.pull(signed.blob, signed.size, signed.sha256, part)
+                _verify(signed, part)
             except HostileInputError:
-                _discard(into)
+                _discard_progress(into)
                 raise
-            sync_file(into)
-            for progress in into.parent.glob(f"{into.name}.*"):
-                progress.unlink()
+            sync_file(part)
+            part.replace(into)
+            sync_folder(into.parent)
+            _discard_progress(into)
         return into
 
     def _info(self, path: str) -> TargetFile:
@@ -286,8 +293,8 @@ def _verify(signed: SignedFile, file: Path) -> None:
         raise TrustError(wrong)
 
 
-def _discard(file: Path) -> None:
-    for leftover in (file, *file.parent.glob(f"{file.name}.*")):
+def _discard_progress(file: Path) -> None:
+    for leftover in file.parent.glob(f"{file.name}.*"):
         leftover.unlink(missing_ok=True)
 
 

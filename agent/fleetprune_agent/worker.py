@@ -23,7 +23,7 @@ from fleetprune_agent.feedback import Memory, MemoryStore
 from fleetprune_agent.memory import rss_mb
 from fleetprune_agent.observer import observe
 from fleetprune_agent.sessions import Graph, Graphs, require_finite
-from fleetprune_agent.trainer import train
+from fleetprune_agent.trainer import never, train
 
 
 class TaskSource(Protocol):
@@ -66,8 +66,10 @@ class Worker:
         samples: Samples,
         graphs: Graphs,
         answers: MemoryStore,
+        *,
         source: TaskSource | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        stopped: Callable[[], bool] = never,
     ) -> None:
         """Make a worker.
 
@@ -78,9 +80,11 @@ class Worker:
             answers: Where residual and answers are kept; its own.
             source: Where graphs and models come from, unless `handle` is given another.
             clock: Seconds; how long work took goes into the answer.
+            stopped: Asked between steps; True ends a task with StoppedError.
         """
         self.settings, self.samples, self.graphs = settings, samples, graphs
         self._answers, self._source, self._clock = answers, source or _Closed(), clock
+        self._stopped = stopped
 
     def answer(self, task: str) -> bytes | None:
         """The stored answer to a task; None if it has not been answered, or long ago."""
@@ -107,6 +111,7 @@ class Worker:
             HostileInputError: What came from the source is not what the task names.
             TransportError: The source does not answer; the task may be tried again.
             InstallError: The disk refuses; nothing has changed.
+            StoppedError: The agent was told to end.
         """
         if task.device != self.settings.device:
             raise MessageError(
@@ -195,6 +200,7 @@ class Worker:
             max_steps=task.max_steps,
             learning_rate=task.learning_rate,
             rng=choice,
+            stopped=self._stopped,
         )
         seconds = self._clock() - started
         with np.errstate(over="ignore", invalid="ignore"):  # refused on the next line but one
@@ -211,7 +217,7 @@ class Worker:
 
     def _observe(self, task: Task, graph: Graph, payload: ModelPayload, started: float) -> bytes:
         batches = Batches(self.samples.x, self.samples.y, graph.meta.batch or 1)
-        seen = observe(graph.session, payload, batches)
+        seen = observe(graph.session, payload, batches, self._stopped)
         header = self._header(task, self._clock() - started, correct=seen.correct)
         return encode_result(header, seen.sums, None)
 
@@ -267,7 +273,7 @@ def _streams(task: Task) -> list[np.random.Generator]:
 
 
 class _ReadSource:
-    """Everything by name from one function: graphs by target path, models by SHA-256."""
+    """Everything by name from one function."""
 
     def __init__(self, read: Callable[[str], bytes]) -> None:
         self._read = read
@@ -276,13 +282,13 @@ class _ReadSource:
         return self._read(ref.target)
 
     def model(self, blob: Blob) -> bytes:
-        return self._read(blob.sha256)
+        return self._read(f"blobs/{blob.sha256}")
 
 
 def as_loop_device(worker: Worker) -> Callable[[bytes, Callable[[str], bytes]], bytes]:
     """A simulated device: a function from a task's JSON and a reader of blobs to its answer.
 
-    The reader is asked for graphs by `GraphRef.target` and for models by `Blob.sha256`. What
+    The reader is asked for graphs by `GraphRef.target` and for models by `blobs/<sha256>`. What
     `Worker.handle` raises is raised.
     """
 

@@ -58,6 +58,12 @@ class Aggregate:
         """Updates added so far, per shape name."""
         return dict(self._counts)
 
+    def size(self, shape: str) -> int:
+        """How many values an update of this shape has; UsageError if it is not one of them."""
+        if shape not in self._layouts:
+            raise UsageError(f"update of shape {shape!r}, expected one of {sorted(self._layouts)}")
+        return self._layouts[shape].size
+
     def add(self, shape: str, update: NDArray[np.float32], weight: float) -> None:
         """Add one device's change. Nothing is added when it raises.
 
@@ -70,11 +76,9 @@ class Aggregate:
             UsageError: Unknown shape, or `weight` is not positive and finite.
             WireError: `update` has another length, or is not finite.
         """
-        if shape not in self._layouts:
-            raise UsageError(f"update of shape {shape!r}, expected one of {sorted(self._layouts)}")
+        check_vector(update, self.size(shape), f"update of {shape}")
         check_weight(weight)
         layout = self._layouts[shape]
-        check_vector(update, layout.size, f"update of {shape}")
         for spec, part in zip(self._specs, layout.split(update).values(), strict=True):
             index = tensor_index(spec, self._architecture.groups, layout.keep)
             self._sums[spec.name][index] += np.multiply(part, weight, dtype=np.float64)

@@ -4,7 +4,7 @@ import json
 import math
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -80,6 +80,13 @@ class ModelConfig(_Section):
         return self.classes if self.classes is not None else len(self.labels)
 
 
+class DataConfig(_Section):
+    """What the coordinator itself has; the training data stays on the devices."""
+
+    test: LocalPath | None = None
+    """`.npz` with `x` and `y`: judges each class's model and provides its golden samples."""
+
+
 class TrainingConfig(_Section):
     """How the rounds run; the defaults won on small image and motion tasks."""
 
@@ -105,9 +112,18 @@ class TrainingConfig(_Section):
     """Share of answers that closes a round before its timeout."""
     remask_every: int = Field(default=5, ge=0)
     """Rounds between new masks; 0: never again after the first."""
+    last_remask: int = Field(default=10**6, ge=0)
+    """No new masks after this round, so that the last ones have time to settle."""
     criterion: Criterion = Criterion.TAYLOR
+    first_criterion: Criterion = Criterion.MAGNITUDE
+    """Of the first masks of a model that comes trained, before any device has reported."""
+    proximal: float = Field(default=0.0, ge=0)
+    """Pull towards the received weights while training; 0: none."""
     distill_weight: float = Field(default=1.0, ge=0)
     calibration_passes: int = Field(default=8, ge=0)
+    calibrate_with: Literal["class", "covering"] = "covering"
+    """Whose samples a class's statistics come from: its own devices', or also those of every
+    device whose model contains the class's."""
     seed: int = Field(default=0, ge=0)
     stratified: bool = True
     """Draw from every class in turn instead of from the whole fleet."""
@@ -170,10 +186,11 @@ class FleetConfig(_Section):
     """All of `fleet.toml`."""
 
     fleet: Name
-    state: LocalPath = Field(default=Path("state"), validate_default=True)
+    state: LocalPath = Path("state")
     """Folder of the registry and the releases."""
     broker: BrokerSettings = Field(default_factory=BrokerSettings)
     model: ModelConfig
+    data: DataConfig = Field(default_factory=DataConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     schedule: PolynomialDecay = Field(default_factory=PolynomialDecay)
     """Cuts at once unless it says otherwise."""
@@ -234,6 +251,7 @@ def load_fleet_config(path: Path) -> FleetConfig:
     except tomllib.TOMLDecodeError as e:
         raise ConfigError(f"{path}: {e}") from e
     folder = path.absolute().parent
+    data.setdefault("state", "state")  # so that the default, too, starts at the folder
     try:
         # As strict JSON: "8" is no number and 1 is no truth, but a list is a tuple.
         config = FleetConfig.model_validate_json(
@@ -241,9 +259,9 @@ def load_fleet_config(path: Path) -> FleetConfig:
         )
     except ValidationError as e:
         raise ConfigError(f"{path}: {explain(e, FleetConfig)}") from e
-    initial = config.model.initial
-    if initial is not None and not initial.is_file():
-        raise ConfigError(f"{path}: model.initial: no file {initial}")
+    for key, file in (("model.initial", config.model.initial), ("data.test", config.data.test)):
+        if file is not None and not file.is_file():
+            raise ConfigError(f"{path}: {key}: no file {file}")
     config = config.model_copy(update={"broker": _with_paths(config.broker, folder)})
     config._folder = folder
     return config

@@ -24,7 +24,6 @@ from fleetprune.errors import HostileInputError, MessageError, RegistryError
 from fleetprune.files import storage_errors, write_atomic
 from fleetprune.messages import (
     Announcement,
-    Blob,
     Enrol,
     Enrolled,
     Message,
@@ -128,6 +127,7 @@ class Hub:
         self._changed = threading.Condition()
         self._announced: dict[str, _Announced] = {}
         self._online: dict[str, bool] = {}
+        self._counting = threading.Lock()
         self._traffic: dict[str, tuple[int, int]] = {}
         self._watchers: list[Callable[[Outcome], None]] = []
         self._release: int | None = None
@@ -183,28 +183,30 @@ class Hub:
         self._watchers.append(told)
         return lambda: self._watchers.remove(told)
 
-    def offer(self, blob: Blob, data: bytes) -> None:
-        """Make `data` available as `blobs/<sha256>` while announced tasks refer to it."""
-        if self._read(f"{_BLOBS}{blob.sha256}") is None:
-            write_atomic(self._blobs / blob.sha256, data)
-
-    def announce(self, task: Task) -> None:
+    def announce(self, task: Task, model: bytes | None = None) -> None:
         """Tell a device of its task until it has acknowledged, answered or missed it.
 
-        The store must have the task: only results of open tasks are taken.
+        Args:
+            task: The store must have it: only results of open tasks are taken.
+            model: What `task.model` names; kept as `blobs/<sha256>` while announced tasks refer
+                to it, if the repository does not have it.
         """
         with self._changed:
+            if model is not None and self._read(f"{_BLOBS}{task.model.sha256}") is None:
+                write_atomic(self._blobs / task.model.sha256, model)
             self._announce(task, time.monotonic())
             self._changed.notify_all()
 
     def withdraw(self, tasks: Collection[str]) -> None:
         """Stop announcing; blobs that no other announced task needs are removed."""
         with self._changed:
-            ended = [self._announced.pop(t) for t in tasks if t in self._announced]
+            for task in tasks:
+                self._announced.pop(task, None)
             needed = {a.task.model.sha256 for a in self._announced.values()}
-        for blob in {a.task.model.sha256 for a in ended} - needed:
-            with storage_errors("remove", self._blobs):
-                (self._blobs / blob).unlink(missing_ok=True)
+            with storage_errors("tidy", self._blobs):
+                for path in self._blobs.iterdir():
+                    if path.name not in needed:
+                        path.unlink()
 
     def announce_release(self, release: int) -> None:
         """Hint, retained, that the release repository has something new."""
@@ -233,16 +235,18 @@ class Hub:
         with self._changed:
             while not self._stopping:
                 now = time.monotonic()
-                for announced in self._announced.values():
-                    if announced.due is not None and announced.due <= now:
+                for announced in list(self._announced.values()):
+                    if announced.deadline <= now:
+                        del self._announced[announced.task.task]
+                    elif announced.due is not None and announced.due <= now:
                         self._send_task(announced, now)
                 dues = [a.due for a in self._announced.values() if a.due is not None]
                 self._changed.wait(max(0.0, min(dues) - now) if dues else None)
 
     def _send_task(self, announced: _Announced, now: float) -> None:
         device = announced.task.device
-        if now >= announced.deadline or not self._online.get(device, True):
-            announced.due = None  # too late, or announced when the device comes back
+        if not self._online.get(device, True):
+            announced.due = None  # it is announced when the device comes back
             return
         if self._send(device, "task", announced.task.to_bytes()):
             announced.sent_at = now
@@ -274,8 +278,7 @@ class Hub:
         if device not in self._traffic and len(self._traffic) >= MAX_DEVICES:
             log.warning("more than %d device names: %s ignored", MAX_DEVICES, device)
             return
-        up, down = self.traffic(device)
-        self._traffic[device] = (up + packet_size(topic, payload), down)
+        self._count(device, packet_size(topic, payload), 0)
         handler = self._handlers.get(kind)
         if handler is None:
             log.debug("message on %s ignored", topic)
@@ -289,9 +292,13 @@ class Hub:
         topic = self._topics.down(device, kind)
         sent = self.connection.publish(topic, payload)
         if sent:
-            up, down = self.traffic(device)
-            self._traffic[device] = (up, down + packet_size(topic, payload))
+            self._count(device, 0, packet_size(topic, payload))
         return sent
+
+    def _count(self, device: str, up: int, down: int) -> None:
+        with self._counting:
+            before = self._traffic.get(device, (0, 0))
+            self._traffic[device] = (before[0] + up, before[1] + down)
 
     def _enrol(self, device: str, payload: bytes) -> None:
         enrol = _own(device, Enrol.from_bytes(payload), lambda m: m.device)
@@ -364,10 +371,9 @@ class Hub:
         task = name.removeprefix(_RESULTS)
         if not self._store.save_result(task, device, data) and not self._has_result(task):
             raise RefusedError(f"task {task} is not open for device {device}")
-        self._tell(Outcome(task, device))
         with self._changed:
-            if task in self._announced:
-                self._announced[task].due = None
+            self._announced.pop(task, None)
+        self._tell(Outcome(task, device))
 
     def _tell(self, outcome: Outcome) -> None:
         for told in list(self._watchers):

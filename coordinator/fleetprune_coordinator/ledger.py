@@ -114,8 +114,9 @@ class Ledger:
             group: taylor[where].astype(np.float64) / steps
             for group, where in unit_slices(self._architecture, keep)
         }
-        common = np.concatenate([parts[g][:n] for g, n in self._smallest.items()])
-        if not (scale := float(common.mean())) > 0:
+        common = [parts[g][:n] for g, n in self._smallest.items()]
+        scale = float(np.concatenate(common).mean()) if common else 0.0
+        if not scale > 0:
             return  # dead gradients say nothing about which unit matters
         for group, scores in parts.items():
             self._taylor[group].add(slice(0, scores.size), scores * (weight / scale), weight)

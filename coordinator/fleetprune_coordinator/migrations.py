@@ -163,3 +163,9 @@ def m0003_releases(db: Database) -> None:
         pk="id",
         not_null={"at", "kind", "text"},
     )
+
+
+@migrations()
+def m0004_meta(db: Database) -> None:
+    """What is true of the registry as a whole."""
+    db.create_table("meta", {"key": str, "value": str}, pk="key", not_null={"value"})

@@ -13,52 +13,25 @@ from onnx import helper, shape_inference
 
 from fleetprune.costs import Costs
 from fleetprune.errors import GraphError
-from fleetprune_coordinator.liveness import Kind, Operator, Recording, memory
+from fleetprune_coordinator.liveness import memory
+from fleetprune_coordinator.recording import Kind, Operator, Recording
 
-VIEWS = frozenset(["Reshape", "Flatten", "Identity", "Squeeze", "Unsqueeze", "Dropout"])
-QUANTIZERS = frozenset(["QuantizeLinear", "DequantizeLinear"])
-ELEMENTWISE = frozenset(
-    [
-        "Relu",
-        "Clip",
-        "LeakyRelu",
-        "Elu",
-        "Selu",
-        "Celu",
-        "Sigmoid",
-        "Tanh",
-        "HardSigmoid",
-        "HardSwish",
-        "Gelu",
-        "Mish",
-        "Swish",
-        "Softplus",
-        "Erf",
-        "Exp",
-        "Log",
-        "Sqrt",
-        "Reciprocal",
-        "Neg",
-        "Abs",
-        "Sin",
-        "Cos",
-        "Pow",
-        "PRelu",
-        "Add",
-        "Sub",
-        "Mul",
-        "Div",
-        "Max",
-        "Min",
-    ]
-)
+# fmt: off
+VIEWS = frozenset({"Reshape", "Flatten", "Identity", "Squeeze", "Unsqueeze", "Dropout"})
+QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+ELEMENTWISE = frozenset({
+    "Relu", "Clip", "LeakyRelu", "Elu", "Selu", "Celu", "Sigmoid", "Tanh", "HardSigmoid",
+    "HardSwish", "Gelu", "Mish", "Swish", "Softplus", "Erf", "Exp", "Log", "Sqrt", "Reciprocal",
+    "Neg", "Abs", "Sin", "Cos", "Pow", "PRelu", "Add", "Sub", "Mul", "Div", "Max", "Min",
+})
+UNCOUNTED = frozenset({
+    "ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "Attention", "If", "Loop", "Scan",
+})
+# fmt: on
 CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3}
 """Operator, and which of its inputs is the weight."""
 PRODUCTS = {"Gemm": 0, "MatMul": 0, "MatMulInteger": 0, "QLinearMatMul": 0}
 """Operator, and which of its inputs is the left factor."""
-UNCOUNTED = frozenset(
-    ["ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "Attention", "If", "Loop", "Scan"]
-)
 
 
 @dataclass

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import re
+import secrets
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -92,6 +93,9 @@ class Store:
             return
         with self.transaction() as db:  # all or none: the library's own table is in it too
             migrations.apply(db)
+            db.execute(
+                "INSERT OR IGNORE INTO meta (key, value) VALUES ('run', ?)", [secrets.token_hex(4)]
+            )
 
     def _refuse_newer(self) -> None:
         known = {m.name for m in migrations.pending(Database(memory=True))}
@@ -152,6 +156,11 @@ class Store:
         """The first row of a SELECT, or None."""
         return next(iter(self.query(sql, parameters)), None)
 
+    @property
+    def run(self) -> str:
+        """Eight random hex digits, drawn once: task ids of two registries never meet."""
+        return str(self.query("SELECT value FROM meta WHERE key = 'run'")[0]["value"])
+
     def put_blob(self, data: bytes) -> Blob:
         """Store bytes under their hash, durably; the same bytes are stored once.
 
@@ -162,7 +171,7 @@ class Store:
         """
         blob = Blob(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
         with self.transaction() as db:
-            path = self._blob_path(blob.sha256)
+            path = self._path(blob.sha256)
             known = db.table("blobs").count_where("sha256 = ?", [blob.sha256])
             if not known or not path.exists():  # without a row, its name may not be synced yet
                 write_atomic(path, data)
@@ -185,14 +194,25 @@ class Store:
         if not _SHA256.fullmatch(sha256):
             raise RegistryError(f"blob {sha256!r}, expected 64 lower-case hex digits")
         try:
-            data = self._blob_path(sha256).read_bytes()
+            data = self._path(sha256).read_bytes()
         except OSError as e:
             raise RegistryError(f"blob {sha256} is not stored (any more)") from e
         if (got := hashlib.sha256(data).hexdigest()) != sha256:
             raise RegistryError(f"blob {sha256} has hash {got}: the file was changed")
         return data
 
-    def _blob_path(self, sha256: str) -> Path:
+    def blob_path(self, sha256: str) -> Path | None:
+        """The file of a blob, to be read in parts; None if there is none.
+
+        Args:
+            sha256: May come unverified from the network.
+        """
+        if not _SHA256.fullmatch(sha256):
+            return None
+        path = self._path(sha256)
+        return path if path.is_file() else None
+
+    def _path(self, sha256: str) -> Path:
         return self.folder / BLOBS / sha256
 
     def _sweep_files(self) -> int:

@@ -1,147 +1,26 @@
-"""From a torch model to plain data: which channels are coupled, and where each weight lies.
+"""From a torch model to plain data: what can be cut, what it costs, where each weight lies.
 
-torch-pruning's dependency graph says which indices of which layers must go together (Fang et al.,
-DepGraph, CVPR 2023); it stays behind `_Couplings`. It takes operators that it does not know for
-elementwise ones, so what it says is not believed: every architecture is checked by computing with
-units cut out and with the same units zeroed (see `selfcheck`).
+Which channels are coupled is asked of `couplings`; what runs and what is in memory is recorded on
+shapes alone; and nothing of it is believed before `selfcheck` has proved it by computing.
 """
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-import torch_pruning
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from fleetprune.errors import TraceError
 from fleetprune.layout import Architecture, Axis, Gate, Role, Segment, TensorSpec
-from fleetprune_coordinator.liveness import (
-    SUPPORTED,
-    Recording,
-    activations,
-    describe,
-    on_shapes,
-    record,
-)
+from fleetprune_coordinator.couplings import Couplings, Member, Slot, weight_of
+from fleetprune_coordinator.liveness import activations
+from fleetprune_coordinator.recording import SUPPORTED, Recording, describe, on_shapes, record
 from fleetprune_coordinator.resize import is_depthwise, statistics_of
 from fleetprune_coordinator.selfcheck import check_cut_equals_zeroed
-
-Slot = tuple[str, int]
-"""A tensor's name and one of its axes."""
-
-
-@dataclass(frozen=True)
-class _Member:
-    """Indices of some axes, and the unit of the asked layer that each of them goes with."""
-
-    slots: tuple[Slot, ...]
-    producer: str | None
-    """Path of the layer, if the indices are outputs of a convolution or linear layer."""
-    indices: NDArray[np.intp]
-    units: NDArray[np.intp]
-
-
-class _Couplings:
-    """The one door to torch-pruning."""
-
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(True)
-        self._paths = {layer: path for path, layer in self.model.named_modules()}
-        self._names = {id(p): name for name, p in self.model.named_parameters()}
-        # torch-pruning does not see the model's input: a factor on its channels stands for it.
-        # Never of three axes: for those it would drop the offsets of concatenations.
-        channels = example.shape[1] if example.dim() > 1 else 1
-        lead = (1,) if example.dim() > 3 else ()
-        self._input = nn.Parameter(torch.ones(*lead, channels, *(1,) * (example.dim() - 2)))
-        self._graph = torch_pruning.DependencyGraph()
-        try:
-            self._graph.build_dependency(
-                self.model,
-                example,
-                forward_fn=lambda m, x: m(x * self._input),
-                unwrapped_parameters=[(self._input, len(lead))],
-                verbose=False,
-            )
-        except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise TraceError(
-                f"{describe('', model)} cannot be traced, supported are {SUPPORTED}: {reason}"
-            ) from error
-        for node in self._graph.module2node.values():
-            node.enable_index_mapping = True
-
-    def outputs_of(self, path: str) -> int:
-        """Output channels of a convolution or linear layer; 0 if it does not reach the output."""
-        layer = self.model.get_submodule(path)
-        return len(_weight(layer)) if layer in self._graph.module2node else 0
-
-    def of(self, path: str, units: NDArray[np.intp]) -> tuple[list[_Member], bool]:
-        """What must be cut together with some outputs of a layer.
-
-        Returns:
-            The coupled indices; and whether the model's input or output is among them.
-        """
-        layer = self.model.get_submodule(path)
-        prune = self._graph.get_pruner_of_module(layer).prune_out_channels
-        try:
-            group = self._graph.get_pruning_group(layer, prune, [int(u) for u in units])
-        except Exception as error:
-            raise TraceError(
-                f"{describe(path, layer)}: its couplings cannot be traced, supported are "
-                f"{SUPPORTED}: {error}"
-            ) from error
-        members, boundary = [], False
-        for item in group.items:
-            node = item.dep.target
-            reads = isinstance(node.module, nn.Linear | _ConvNd) and not (
-                is_depthwise(node.module) or self._graph.is_out_channel_pruning_fn(item.dep.handler)
-            )
-            boundary |= node.module is self._input or (not node.outputs and not reads)
-            slots = tuple(self._slots(node.module, node.pruning_dim, reads))
-            if slots:
-                writes = node.module in self._paths and not reads
-                makes = writes and isinstance(node.module, nn.Linear | _ConvNd)
-                makes = makes and not is_depthwise(node.module)
-                members.append(
-                    _Member(
-                        slots,
-                        self._paths[node.module] if makes else None,
-                        np.asarray(item.idxs, np.intp),
-                        np.asarray(item.root_idxs, np.intp),
-                    )
-                )
-        return members, boundary
-
-    def _slots(self, target: nn.Module | nn.Parameter, dim: int, reads: bool) -> Iterator[Slot]:
-        """The axes that one member's indices count on."""
-        if isinstance(target, nn.Parameter):
-            if target is not self._input:
-                yield self._names[id(target)], dim % target.dim()
-            return
-        if target not in self._paths:
-            return  # a stand-in for an operator without weights
-        path = self._paths[target]
-        if isinstance(target, nn.LayerNorm) and target.weight is None:
-            raise TraceError(f"{describe(path, target)} has no weights, expected affine=True")
-        tensors = dict(target.named_parameters(recurse=False)) | dict(
-            target.named_buffers(recurse=False)
-        )
-        for leaf, tensor in tensors.items():
-            name = f"{path}.{leaf}" if path else leaf
-            if reads and leaf == "weight":
-                yield name, 1
-            elif (
-                not reads
-                and tensor.dim()
-                and not (isinstance(target, nn.PReLU) and tensor.numel() == 1)
-            ):
-                yield name, 0
 
 
 @dataclass
@@ -171,7 +50,7 @@ def trace(model: nn.Module, example: Tensor) -> Architecture:
     shapes_only = on_shapes(model)
     dense = record(shapes_only, tuple(example.shape), example.dtype)
     shapes = _tensor_shapes(model)
-    groups, labels = _find_groups(_Couplings(model, example), dense, shapes, model)
+    groups, labels = _find_groups(Couplings(model, example), dense, shapes, model)
     tensors = _tensor_specs(model, dense, shapes, list(groups), labels)
     architecture = Architecture(
         groups=groups,
@@ -196,7 +75,7 @@ def _check_layers(model: nn.Module) -> None:
     for path, layer in model.named_modules():
         named = describe(path, layer)
         holds = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-        if any(isinstance(p, UninitializedTensorMixin) for p in holds):
+        if any(is_lazy(p) for p in holds):
             raise TraceError(f"{named} has no shape yet, expected a model that has run once")
         if isinstance(layer, _ConvTransposeNd):
             raise TraceError(f"{named} is not supported, supported are {SUPPORTED}")
@@ -234,7 +113,7 @@ def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _find_groups(
-    couplings: _Couplings,
+    couplings: Couplings,
     dense: Recording,
     shapes: Mapping[str, tuple[int, ...]],
     model: nn.Module,
@@ -279,7 +158,7 @@ def _names(path: str) -> Iterator[str]:
     yield from (f"{path}:{i}" for i in range(2, 1_000_000))
 
 
-def _runs(members: list[_Member], units: NDArray[np.intp]) -> Iterator[NDArray[np.intp]]:
+def _runs(members: list[Member], units: NDArray[np.intp]) -> Iterator[NDArray[np.intp]]:
     """Split a layer's outputs into runs that are coupled to the same axes."""
     place = {int(u): i for i, u in enumerate(units)}
     coupled = np.zeros((units.size, len(members)), np.intp)
@@ -290,11 +169,11 @@ def _runs(members: list[_Member], units: NDArray[np.intp]) -> Iterator[NDArray[n
 
 
 def _check_independent(
-    couplings: _Couplings, path: str, model: nn.Module, run: list[_Member], units: NDArray[np.intp]
+    couplings: Couplings, path: str, model: nn.Module, run: list[Member], units: NDArray[np.intp]
 ) -> None:
     """Refuse a layer whose outputs are coupled with one another (TraceError)."""
 
-    def touched(members: list[_Member]) -> set[tuple[Slot, int]]:
+    def touched(members: list[Member]) -> set[tuple[Slot, int]]:
         return {
             (slot, int(i))
             for m in members
@@ -314,7 +193,7 @@ def _label(
     labels: dict[Slot, _Labels],
     number: int,
     name: str,
-    run: list[_Member],
+    run: list[Member],
     units: NDArray[np.intp],
 ) -> None:
     """Write one group's units onto every axis that they lie on."""
@@ -372,7 +251,7 @@ def _tensor_specs(
         for i in range(len(groups))
     }
     rows = {
-        path: len(_weight(layer))
+        path: len(weight_of(layer))
         for path, layer in model.named_modules()
         if isinstance(layer, nn.Linear | _ConvNd)
     }
@@ -391,10 +270,6 @@ def _tensor_specs(
         )
         for name, shape in shapes.items()
     )
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    return layer.get_parameter("weight")
 
 
 def _artifact_bytes(model: nn.Module, dense: Recording) -> dict[str, int]:

@@ -8,6 +8,7 @@ says that anything was delivered.
 
 import logging
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class _Stub:
 
 
 class Outbox:
-    """A bounded queue of entries in a folder of its own; used by one thread at a time."""
+    """A bounded queue of entries in a folder of its own; safe to share between threads."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         """Open or create.
@@ -81,6 +82,7 @@ class Outbox:
             max_bytes: Most bytes of all entry files together.
         """
         self._folder, self._max = folder, max_bytes
+        self._lock = threading.RLock()
         self._stubs: dict[str, _Stub] = {}  # by name, oldest first
         self._next = 0
         with storage_errors("open", folder):
@@ -102,7 +104,8 @@ class Outbox:
     @property
     def size(self) -> int:
         """Bytes of all entry files."""
-        return sum(s.size for s in self._stubs.values())
+        with self._lock:
+            return sum(s.size for s in self._stubs.values())
 
     def put(self, kind: Kind, name: str, payload: bytes) -> bool:
         """Keep an entry durably; one of the same name is replaced and goes to the end.
@@ -117,7 +120,10 @@ class Outbox:
         """
         if not 1 <= len(name.encode()) <= MAX_NAME:
             raise WireError(f"outbox name of {len(name)} characters, expected 1..{MAX_NAME}")
-        data = Entry(kind, name, payload)._encode()
+        with self._lock:
+            return self._put(kind, name, Entry(kind, name, payload)._encode())
+
+    def _put(self, kind: Kind, name: str, data: bytes) -> bool:
         if not self._make_room(len(data), name):
             if kind is Kind.TELEMETRY:
                 log.warning("outbox is full: %s dropped", name)
@@ -154,20 +160,24 @@ class Outbox:
 
         Entries may be put and done while this runs.
         """
-        for name, stub in list(self._stubs.items()):
-            if self._stubs.get(name) is not stub:
-                continue
-            entry = self._load(stub.path)
-            if entry is None:
-                del self._stubs[name]
-            else:
+        with self._lock:
+            stubs = list(self._stubs.items())
+        for name, stub in stubs:
+            with self._lock:
+                if self._stubs.get(name) is not stub:
+                    continue
+                entry = self._load(stub.path)
+                if entry is None:
+                    del self._stubs[name]
+            if entry is not None:
                 yield entry
 
     def done(self, name: str) -> None:
         """Remove an entry that was confirmed; nothing happens if there is none."""
-        stub = self._stubs.pop(name, None)
-        if stub is not None:
-            self._remove(stub.path)
+        with self._lock:
+            stub = self._stubs.pop(name, None)
+            if stub is not None:
+                self._remove(stub.path)
 
     def _remove(self, path: Path) -> None:
         with storage_errors("remove", path):

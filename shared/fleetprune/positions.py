@@ -7,19 +7,18 @@ bits: gaps under Huffman codes come within about 4 % of it for shares from 1 % t
 of real updates cluster in layers and units, where both deflated forms go well below it.
 """
 
-import zlib
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetprune.deflate import deflate, inflate
 from fleetprune.errors import UsageError, WireError
 
 # Bits of the first byte. All four combinations exist.
 _GAPS: Final = 1  # else a bitmap
 _DEFLATED: Final = 2  # else plain
 _MORE: Final = 255  # gap byte: 255 unmarked, and the gap goes on
-_RAW_DEFLATE: Final = -15  # no zlib header or checksum: the update has its own
 
 
 def encode_positions(positions: NDArray[np.intp], n: int) -> bytes:
@@ -47,9 +46,8 @@ def encode_positions(positions: NDArray[np.intp], n: int) -> bytes:
     forms = (
         (0, bitmap),
         (_GAPS, gaps),
-        (_DEFLATED, _deflate(bitmap, zlib.Z_DEFAULT_STRATEGY)),
-        # Gaps have a skewed distribution but few repeats: matching costs time and bytes.
-        (_GAPS | _DEFLATED, _deflate(gaps, zlib.Z_HUFFMAN_ONLY)),
+        (_DEFLATED, deflate(bitmap, match=True)),
+        (_GAPS | _DEFLATED, deflate(gaps, match=False)),
     )
     form, body = min(forms, key=lambda f: len(f[1]))  # the first of equals
     return bytes([form]) + body
@@ -85,7 +83,7 @@ def decode_positions(data: bytes, n: int, k: int) -> NDArray[np.intp]:
         raise WireError(f"positions in form {form}, expected 0..{_GAPS | _DEFLATED}")
     longest = marks + (n - marks) // _MORE if form & _GAPS else (n + 7) // 8
     if form & _DEFLATED:
-        body = _inflate(body, longest)
+        body = inflate(body, longest, "positions")
     elif len(body) > longest:
         raise WireError(f"positions of {len(body)} bytes, expected at most {longest}")
     marked = _read_gaps(body, n) if form & _GAPS else _read_bitmap(body, n)
@@ -163,24 +161,3 @@ def _read_gaps(body: bytes, n: int) -> NDArray[np.intp]:
     if marked.size and marked[-1] >= n:
         raise WireError(f"gaps reach position {marked[-1]}, expected 0..{n - 1}")
     return marked
-
-
-def _deflate(data: bytes, strategy: int) -> bytes:
-    deflater = zlib.compressobj(wbits=_RAW_DEFLATE, strategy=strategy)
-    return deflater.compress(data) + deflater.flush()
-
-
-def _inflate(data: bytes, longest: int) -> bytes:
-    """Inflate at most `longest` bytes; WireError if there are more, or if the stream is broken."""
-    inflater = zlib.decompressobj(_RAW_DEFLATE)
-    try:
-        out = inflater.decompress(data, longest + 1)
-    except zlib.error as e:
-        raise WireError("positions are not a deflate stream") from e
-    if len(out) > longest:
-        raise WireError(f"positions inflate to more than {longest} bytes")
-    if not inflater.eof:
-        raise WireError("deflated positions are cut short")
-    if inflater.unused_data:
-        raise WireError(f"{len(inflater.unused_data)} bytes after the deflated positions")
-    return out

@@ -31,8 +31,10 @@ class FleetState:
     """Rounds that the run will have."""
     done: int = 0
     """Rounds that are over."""
+    timed: int = 0
+    """Rounds among them that this run has seen; a resumed coordinator begins later."""
     seconds: float = 0.0
-    """Of all rounds so far."""
+    """These took so long."""
     loss: float | None = None
     bytes_up: int = 0
     bytes_down: int = 0
@@ -42,9 +44,9 @@ class FleetState:
     @property
     def left_s(self) -> float | None:
         """Seconds until the last round is over, at the present pace."""
-        if not self.done:
+        if not self.timed:
             return None
-        return (self.rounds - self.done) * self.seconds / self.done
+        return (self.rounds - self.done) * self.seconds / self.timed
 
 
 def apply(state: FleetState, event: Event) -> FleetState:
@@ -58,6 +60,7 @@ def apply(state: FleetState, event: Event) -> FleetState:
                 state,
                 done=int(event.get("round", state.done)),
                 rounds=int(event.get("of", state.rounds)),
+                timed=state.timed + 1,
                 seconds=state.seconds + float(event.get("seconds") or 0.0),
                 loss=event.get("loss"),
                 bytes_up=state.bytes_up + int(event.get("bytes_up") or 0),

@@ -180,6 +180,27 @@ def test_a_target_that_is_there_is_not_pulled_again(trusted, repository, tmp_pat
     assert repository.asked == []
 
 
+def test_another_target_replaces_a_file_in_one_step(trusted, repository, tmp_path, monkeypatch):
+    first, into = repository.release(1), tmp_path / "model.onnx"
+    trusted.target(first.model, into)
+    second = repository.release(2)
+    trusted.refresh()
+
+    def lost(name: str, size: int, sha256: str, part: Path) -> None:
+        part.write_bytes(b"some")
+        raise TransportError("the connection was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(repository, "pull", lost)
+        with pytest.raises(TransportError):
+            trusted.target(second.model, into)
+    assert into.read_bytes() == gemm(1)
+    parts = [p.name for p in tmp_path.glob("model.onnx.*")]
+    assert parts == [f"model.onnx.{second.sha256[:16]}"]
+    assert trusted.target(second.model, into).read_bytes() == gemm(2)
+    assert [p.name for p in tmp_path.glob("model*")] == ["model.onnx"]
+
+
 def test_describe_names_the_blob(trusted, repository):
     manifest = repository.release(1)
     signed = trusted.describe(manifest.model)

@@ -90,9 +90,7 @@ def test_rollback_of_the_targets(trusted, repository, clock):
     repository.targets.version = repository.snapshot.meta["targets.json"].version = 1
     for device in (trusted, restarted(trusted, repository, clock)):
         # python-tuf says expected and got the wrong way round
-        assert (
-            refused(device) == "release repository: Expected targets.json version 1, got 2."
-        )
+        assert refused(device) == "release repository: Expected targets.json version 1, got 2."
 
 
 @pytest.mark.parametrize("role", [role for role in ROLES if role != "root"])

@@ -74,9 +74,8 @@ each = pytest.mark.parametrize("message", EXAMPLES, ids=IDS)
 
 
 def test_every_message_has_an_example():
-    assert {c.__name__ for c in Message.__subclasses__()} == set(IDS)
-    defined = {n for n, c in vars(messages).items() if isinstance(c, type) and Message in c.__mro__}
-    assert defined - {"Message"} <= set(IDS)
+    here = {c.__name__ for c in Message.__subclasses__() if c.__module__ == messages.__name__}
+    assert here == set(IDS) - {"ModelHeader"}
 
 
 @each

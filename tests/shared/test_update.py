@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from fleetprune.deflate import deflate
 from fleetprune.errors import UsageError, WireError
 from fleetprune.messages import Codec
 from fleetprune.update import SparseUpdate, decode_update, top_k
+from fleetprune.values import decode_values, encode_values, value_bytes
 
 
 def vector(*numbers: float) -> np.ndarray:
@@ -33,22 +35,22 @@ ON_EVERY_GRID = [  # 889 = 7 * 127
 
 def test_golden_bytes_of_a_full_update():
     assert FULL.encode(Codec.INT4) == bytes.fromhex(
-        "46505550 0100 03 00 03000000 04000000 04000000 00000000"
+        "46505550 0100 03 00 03000000 04000000 04000000 00000000 04000000"
         "003c 97 01"  # scale 1; codes 7, -7, 1, 0
-        "c84ceaf0"
+        "037aed40"
     )
 
 
 def test_golden_bytes_of_a_chosen_update():
     assert CHOSEN.encode(Codec.INT4) == bytes.fromhex(
-        "46505550 0100 03 01 03000000 18000000 02000000 03000000"
+        "46505550 0100 03 01 03000000 18000000 02000000 03000000 03000000"
         "01 01 02"  # gaps: one skipped, then two
         "003c 97"
-        "b0266583"
+        "ff54556c"
     )
 
 
-@pytest.mark.parametrize(("update", "overhead"), [(FULL, 28), (CHOSEN, 31)])
+@pytest.mark.parametrize(("update", "overhead"), [(FULL, 32), (CHOSEN, 35)])
 def test_overhead_is_counted(update, overhead):
     assert len(update.encode(Codec.FP32)) == overhead + 4 * update.values.size
 
@@ -58,6 +60,25 @@ def test_dense():
     assert FULL.dense() is not FULL.values
     assert CHOSEN.dense().tolist() == [0, 7, 0, 0, -7] + [0] * 19
     assert SparseUpdate(0, 2, vector(), at()).dense().tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("codec", "most"), [(Codec.INT8, 0.92), (Codec.INT4, 0.81)])
+def test_values_that_crowd_around_zero_are_deflated(codec, most):
+    rng = np.random.default_rng(0)
+    values = rng.laplace(size=50_000).astype(np.float32)
+    data = SparseUpdate(3, values.size, values, None).encode(codec, np.random.default_rng(1))
+    assert len(data) < most * value_bytes(values.size, codec)
+    got = decode_update(data, mask_version=3, size=values.size)
+    plain = encode_values(values, codec, np.random.default_rng(1))
+    assert got.values.tolist() == decode_values(plain, values.size, codec).tolist()
+
+
+def test_values_that_do_not_deflate_travel_plain():
+    codes = np.random.default_rng(0).integers(-127, 128, 4096)  # every code alike
+    codes[::64] = 127  # and a scale of 1
+    data = SparseUpdate(3, 4096, codes.astype(np.float32), None).encode(Codec.INT8)
+    assert data[7] == 0
+    assert len(data) == 32 + value_bytes(4096, Codec.INT8)
 
 
 @pytest.mark.parametrize("codec", Codec)
@@ -91,6 +112,10 @@ def test_positions_survive_every_codec(case, codec):
         assert got.dense().tolist() == np.where(chosen, values, np.float32(0)).tolist()
 
 
+def pack(data: bytes) -> bytes:
+    return deflate(data, match=True)
+
+
 def sealed(content: bytes) -> bytes:
     return content + struct.pack("<I", zlib.crc32(content))
 
@@ -100,15 +125,17 @@ def update_bytes(
     magic=b"FPUP",
     version=1,
     codec=0,
-    chosen=0,
+    flags=0,
     mask=3,
     size=2,
     count=2,
     where=b"",
     values="0000803f 00000040",
+    body=None,
 ) -> bytes:
-    head = struct.pack("<4sHBBIIII", magic, version, codec, chosen, mask, size, count, len(where))
-    return sealed(head + where + bytes.fromhex(values))
+    sent = bytes.fromhex(values)
+    numbers = (mask, size, count, len(where), len(sent) if body is None else body)
+    return sealed(struct.pack("<4sHBBIIIII", magic, version, codec, flags, *numbers) + where + sent)
 
 
 def test_the_builder_of_hostile_updates_builds_a_good_one():
@@ -118,21 +145,42 @@ def test_the_builder_of_hostile_updates_builds_a_good_one():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "update of 0 bytes, expected at least 28"),
+        (b"", "update of 0 bytes, expected at least 32"),
         (update_bytes(magic=b"FPFR"), "update starts with b'FPFR', expected b'FPUP'"),
         (update_bytes(version=2), "update version 2, expected 1"),
         (update_bytes(codec=4), "update codec 4, expected 0..3"),
-        (update_bytes()[:-1], "update of 35 bytes, expected 36"),
-        (update_bytes() + b"\0", "update of 37 bytes, expected 36"),
-        (update_bytes(count=3), "update of 36 bytes, expected 40"),
-        (update_bytes(count=2**32 - 1), "update of 36 bytes, expected 17179869208"),
+        (update_bytes()[:-1], "update of 39 bytes, expected 40"),
+        (update_bytes() + b"\0", "update of 41 bytes, expected 40"),
+        (update_bytes(body=12), "update of 40 bytes, expected 44"),
+        (update_bytes(body=2**32 - 1), "update of 40 bytes, expected 4294967327"),
         (
             update_bytes()[:-4] + b"\1\2\3\4",
             f"update checksum {zlib.crc32(update_bytes()[:-4]):08x}, expected 04030201",
         ),
         (update_bytes(mask=4), "update for mask version 4, expected 3"),
         (update_bytes(size=3), "update of a support of 3 values, expected 2"),
-        (update_bytes(chosen=2), "update support flag 2, expected 0 or 1"),
+        (update_bytes(flags=4), "update flags 4, expected 0..3"),
+        (update_bytes(values="0000803f"), "2 fp32 values in 4 bytes, expected 8"),
+        (update_bytes(values="0000803f" * 3), "2 fp32 values in 12 bytes, expected 8"),
+        (update_bytes(flags=2), "deflated values of 8 bytes, expected fewer than 8"),
+        (update_bytes(flags=2, values="ff"), "values are not a deflate stream"),
+        (update_bytes(flags=2, values="01 0100 feff"), "deflated values are cut short"),
+        (
+            update_bytes(flags=2, values=pack(bytes(9)).hex()),
+            "values inflate to more than 8 bytes",
+        ),
+        (
+            update_bytes(flags=2, values=pack(bytes(7)).hex()),
+            "2 fp32 values in 7 bytes, expected 8",
+        ),
+        (
+            update_bytes(flags=2, values=pack(bytes(8)).hex() + "00"),
+            "1 bytes after the deflated values",
+        ),
+        (
+            update_bytes(flags=2, count=2**32 - 1, values=pack(bytes(8)).hex()),
+            "full update of 4294967295 values and 0 bytes of positions, expected 2 values and none",
+        ),
         (
             update_bytes(count=1, values="0000803f"),
             "full update of 1 values and 0 bytes of positions, expected 2 values and none",
@@ -144,19 +192,19 @@ def test_the_builder_of_hostile_updates_builds_a_good_one():
         (update_bytes(values="0000803f 0000c07f"), "values[1] is nan, expected finite numbers"),
         (update_bytes(values="000080ff 0000803f"), "values[0] is -inf, expected finite numbers"),
         (
-            update_bytes(chosen=1, count=3, values="00000000" * 3),
+            update_bytes(flags=1, count=3, values="00000000" * 3),
             "3 positions, expected 0..2",
         ),
         (
-            update_bytes(chosen=1, count=1, where=b"\0\4", values="00000000"),
+            update_bytes(flags=1, count=1, where=b"\0\4", values="00000000"),
             "bitmap marks position 2, expected 0..1",
         ),
         (
-            update_bytes(chosen=1, count=1, where=b"\1\2", values="00000000"),
+            update_bytes(flags=1, count=1, where=b"\1\2", values="00000000"),
             "gaps reach position 2, expected 0..1",
         ),
         (
-            update_bytes(chosen=1, count=1, where=b"\0\3", values="00000000"),
+            update_bytes(flags=1, count=1, where=b"\0\3", values="00000000"),
             "2 marked positions, expected 1",
         ),
     ],

@@ -105,6 +105,8 @@ class Lowering:
         self.block = block
         self.layouts = Layouts(writer, block)
         self.live = live
+        self.batch = 0
+        """Samples per call, as the model sees them; 0 where no rule needs to know."""
         self.values: dict[fx.Node, Value | Sequence[Value | None]] = {}
         self.updated: dict[Value, str] = {}
         """Running statistics after the step, by the value that they replace."""

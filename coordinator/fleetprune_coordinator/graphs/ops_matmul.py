@@ -7,7 +7,6 @@ from torch import fx
 
 from fleetprune_coordinator.graphs.lowering import Call, Lowering, lowers
 from fleetprune_coordinator.graphs.values import Value
-from fleetprune_coordinator.graphs.writer import GraphWriter
 
 _TRANSPOSES = (torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default)
 
@@ -134,8 +133,3 @@ def bernoulli(low: Lowering, call: Call, x: Value, p: Any, *_: Any) -> Value:
         raise call.unsupported("is supported only with one probability for all elements")
     uniform = low.op("RandomUniform", shape=list(call.shape), dtype=1)
     return low.result(call, low.cast(low.op("Less", uniform, low.scalar(p)), call.dtype))
-
-
-def is_random(writer: GraphWriter) -> bool:
-    """Whether the graph draws random numbers."""
-    return writer.uses("RandomUniform")

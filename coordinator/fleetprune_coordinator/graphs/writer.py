@@ -105,6 +105,10 @@ class GraphWriter:
         """Whether a node of this type has been added."""
         return any(node.op_type == op_type for node in self._nodes)
 
+    def uses_domain(self, domain: str) -> bool:
+        """Whether a node of this domain has been added."""
+        return any(node.domain == domain for node in self._nodes)
+
     def serialize(self, metadata: dict[str, str]) -> bytes:
         """The graph as the bytes of an ONNX file, with `metadata` as its metadata entries."""
         nodes = self._live_nodes([*self._nodes, *self._name_outputs()])

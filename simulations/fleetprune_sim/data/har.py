@@ -92,7 +92,7 @@ def read_windows(source: Path, cache: Path | None = None) -> Windows:
     kept = cache / f"har-{_fingerprint(source)}.npz" if cache is not None else None
     if kept is not None and kept.is_file():
         try:
-            with np.load(kept, allow_pickle=False) as parsed:
+            with kept.open("rb") as file, np.load(file, allow_pickle=False) as parsed:
                 return Windows(*(parsed[name] for name in ("x", "y", "subject", "kind")))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             kept.unlink()  # cut short by a crash: parse again

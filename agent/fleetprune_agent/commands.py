@@ -1,0 +1,203 @@
+"""`fleetprune agent`: run, check, predict, status."""
+
+import json
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+from fleetprune.errors import DataError, FleetpruneError
+from fleetprune_agent.config import AgentConfig, CsvData, load_config
+
+app = typer.Typer(no_args_is_help=True, help="Train, install and run models on this device.")
+
+ConfigOption = Annotated[
+    Path, typer.Option("--config", "-c", help="The agent's configuration (TOML).")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+REACH_S = 8.0  # for `check` to reach the broker; more than one attempt to connect takes
+
+
+@app.command()
+def run(config: ConfigOption) -> int:
+    """Run the agent until it is told to stop (SIGTERM or Ctrl-C).
+
+    Exit codes: 0 stopped; 1 something failed; 2 the configuration or data is wrong; 3 the
+    coordinator refuses this device.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    settings = load_config(config)
+    stop = threading.Event()
+
+    def on_signal(_signal: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    from fleetprune_agent.agent import Agent  # noqa: PLC0415
+
+    return Agent(settings).run(stop)
+
+
+@app.command()
+def check(config: ConfigOption) -> int:
+    """Check configuration, data, root of trust and broker: one line each.
+
+    Exit codes: 0 all is well; 1 something is not.
+    """
+    settings = load_config(config)
+    typer.echo(f"ok    configuration  {settings.device} of class {settings.device_class}")
+    checks: dict[str, Callable[[AgentConfig], str]] = {
+        "data": _check_data,
+        "root of trust": _check_root,
+        "state folder": _check_state,
+        "broker": _check_broker,
+    }
+    failed = 0
+    for name, examine in checks.items():
+        try:
+            typer.echo(f"ok    {name:13}  {examine(settings)}")
+        except FleetpruneError as e:
+            failed += 1
+            typer.echo(f"wrong {name:13}  {' '.join(str(e).split())}")
+    return 1 if failed else 0
+
+
+def _check_data(settings: AgentConfig) -> str:
+    from fleetprune_agent.data import split  # noqa: PLC0415  (numpy)
+    from fleetprune_agent.readers import load_samples  # noqa: PLC0415
+
+    parts = split(load_samples(settings.data), settings.data.held_out)
+    labels = "without labels"
+    if parts.train.y is not None:
+        labels = f"in {len(set(parts.train.y.tolist()))} classes"
+    return (
+        f"{len(parts.train)} samples of shape {parts.train.shape} {labels}, "
+        f"{len(parts.held_out)} more held out"
+    )
+
+
+def _check_root(settings: AgentConfig) -> str:
+    from fleetprune_agent.state import read_root  # noqa: PLC0415  (tuf)
+
+    read_root(settings.root)
+    return str(settings.root)
+
+
+def _check_state(settings: AgentConfig) -> str:
+    from fleetprune_agent.state import is_running, locked  # noqa: PLC0415
+
+    if is_running(settings.state):
+        return f"{settings.state}, an agent is running"
+    with locked(settings.state):
+        return str(settings.state)
+
+
+def _check_broker(settings: AgentConfig) -> str:
+    from fleetprune.mqtt import Connection  # noqa: PLC0415  (paho)
+
+    def ignore(_topic: str, _payload: bytes) -> None:
+        return
+
+    # A name of its own: the running agent's would be thrown off the broker.
+    name = f"{settings.fleet}-{settings.device}-check"
+    connection = Connection(settings.broker, name, on_message=ignore)
+    connection.start()
+    try:
+        connection.wait_connected(REACH_S)
+    finally:
+        connection.stop()
+    return settings.broker.address
+
+
+@app.command()
+def predict(
+    config: ConfigOption,
+    samples: Annotated[Path, typer.Option("--input", "-i", help="Samples: .npy, .npz or .csv.")],
+    as_json: JsonOption = False,
+) -> int:
+    """Predict with the installed model: one line per sample."""
+    from fleetprune_agent.serving import Predictor  # noqa: PLC0415  (onnxruntime)
+    from fleetprune_agent.slots import Slots  # noqa: PLC0415
+
+    settings = load_config(config)
+    predictor = Predictor(Slots(settings.state), settings.threads)
+    manifest = predictor.manifest
+    scores = predictor.predict(_read_input(samples, settings))
+    best = np.argmax(scores, axis=1)
+    names = [manifest.labels[i] if i < len(manifest.labels) else str(i) for i in best]
+    if as_json:
+        content = {
+            "release": predictor.manifest.release,
+            "predictions": [
+                {"class": int(i), "label": name, "scores": [round(float(s), 6) for s in row]}
+                for i, name, row in zip(best, names, scores, strict=True)
+            ],
+        }
+        typer.echo(json.dumps(content))
+    else:
+        for i, name in enumerate(names):
+            typer.echo(f"{i}  {name}  {float(scores[i, best[i]]):.4f}")
+    return 0
+
+
+def _read_input(path: Path, settings: AgentConfig) -> NDArray[np.float32]:
+    """(n, *shape) float32 of a file with or without labels."""
+    from fleetprune_agent.data import checked  # noqa: PLC0415
+    from fleetprune_agent.readers import read_csv, read_npz  # noqa: PLC0415
+
+    if path.suffix == ".npz":
+        return read_npz(path).x
+    if path.suffix == ".csv":
+        if not isinstance(settings.data, CsvData):
+            raise DataError(f"{path}: how CSV is read is not configured (data.kind is not csv)")
+        return read_csv(settings.data.model_copy(update={"path": path, "label": None})).x
+    if path.suffix == ".npy":
+        try:
+            x = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as e:
+            raise DataError(f"{path}: cannot be read as .npy") from e
+        return checked(x, None, lambda i: f"{path} index {i}", str(path)).x
+    raise DataError(f"{path}: expected a file .npy, .npz or .csv")
+
+
+@app.command()
+def status(config: ConfigOption, as_json: JsonOption = False) -> int:
+    """Show what is installed, what waits, and the last report. Needs no network."""
+    from fleetprune_agent.slots import Slots  # noqa: PLC0415
+    from fleetprune_agent.state import is_running  # noqa: PLC0415
+
+    settings = load_config(config)
+    state = settings.state
+    installed = Slots(state).active() if state.is_dir() else None
+    last = state / "last.json"
+    content = {
+        "device": settings.device,
+        "device_class": settings.device_class,
+        "running": is_running(state),
+        "release": installed.release if installed else 0,
+        "sha256": installed.manifest.sha256 if installed else None,
+        "state": installed.state.value if installed else "empty",
+        "waiting_tasks": len(list((state / "tasks").glob("*.json"))),
+        "undelivered": len(list((state / "outbox").glob("*.entry"))),
+        "last_report": json.loads(last.read_bytes()) if last.is_file() else None,
+    }
+    if as_json:
+        typer.echo(json.dumps(content))
+        return 0
+    report = content.pop("last_report")
+    for key, value in content.items():
+        typer.echo(f"{key.replace('_', ' '):14} {'-' if value is None else value}")
+    if isinstance(report, dict):
+        for key in ("accuracy", "latency_ms", "rss_mb", "error"):
+            if report.get(key) not in {None, ""}:
+                typer.echo(f"{'last ' + key:14} {report[key]}")
+    return 0

@@ -1,0 +1,143 @@
+"""`fleetprune coordinator ...`: make keys, serve a fleet, look at it."""
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fleetprune_coordinator.config import FleetConfig, load_fleet_config
+
+app = typer.Typer(no_args_is_help=True, help="Run a fleet's rounds and releases.")
+
+Config = Annotated[
+    Path, typer.Option("--config", "-c", help="The fleet's description.", show_default=True)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+FLEET_TOML = Path("fleet.toml")
+
+
+@app.command()
+def init(config: Config = FLEET_TOML, *, as_json: Json = False) -> None:
+    """Make the fleet's keys and an empty release repository.
+
+    Refused if they exist: devices trust the keys that they were given.
+    """
+    from fleetprune_coordinator.coordinator import RELEASES  # noqa: PLC0415  (needs torch)
+    from fleetprune_coordinator.keys import init_repository  # noqa: PLC0415
+
+    fleet = load_fleet_config(config)
+    folder = fleet.state / RELEASES
+    init_repository(folder, datetime.now(UTC))
+    root = folder / "public" / "metadata" / "1.root.json"
+    if as_json:
+        typer.echo(json.dumps({"repository": str(folder), "root": str(root)}))
+    else:
+        typer.echo(f"Keys are in {folder / 'keys'}: keep them off the devices, and a copy safe.")
+        typer.echo(f"Give every device {root} as its root of trust.")
+
+
+@app.command()
+def serve(
+    config: Config = FLEET_TOML,
+    *,
+    until_released: Annotated[
+        bool, typer.Option(help="End when every device online has installed the release.")
+    ] = False,
+    events: Annotated[
+        Path | None, typer.Option(help="Append what happens to this file, a JSON object a line.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train with the fleet, release a model per class, and go on serving.
+
+    Killed at any moment and started again, it goes on where it was.
+    """
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    from fleetprune_coordinator.serve import serve as run  # noqa: PLC0415  (needs torch and flwr)
+
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    summary = run(
+        load_fleet_config(config), stop=stop, events=events, until_released=until_released
+    )
+    if as_json:
+        typer.echo(json.dumps(summary))
+
+
+@app.command()
+def status(config: Config = FLEET_TOML, *, as_json: Json = False) -> None:
+    """Show devices, rounds and releases; works while the coordinator runs."""
+    fleet = load_fleet_config(config)
+    state = _status(fleet)
+    if as_json:
+        typer.echo(json.dumps(state))
+        return
+    console = Console()
+    rounds = state["rounds"]
+    console.print(
+        f"{fleet.fleet}: round {rounds['closed']} of {rounds['of']}"
+        f"{', one is open' if rounds['open'] else ''}; release {state['release']}"
+    )
+    table = Table("device", "class", "online", "release", "state", "accuracy", "latency ms", "MB")
+    for d in state["devices"]:
+        table.add_row(
+            d["device"],
+            d["class"],
+            "yes" if d["online"] else "no",
+            str(d["release"]),
+            d["state"],
+            *("-" if v is None else f"{v:.3g}" for v in (d["accuracy"], d["latency_ms"])),
+            f"{d['rss_mb']:.0f}",
+        )
+    console.print(table)
+
+
+def _status(fleet: FleetConfig) -> dict[str, Any]:
+    from fleetprune_coordinator.records import Phase, RoundState  # noqa: PLC0415
+    from fleetprune_coordinator.registry import Registry  # noqa: PLC0415
+
+    with Registry.open(fleet.state, time.time, read_only=True) as registry:
+        rounds = registry.rounds()
+        last = {t.node_id: t.telemetry for t in registry.latest_telemetry()}
+        releases = registry.releases()
+        devices = [
+            {
+                "device": d.name,
+                "class": d.device_class,
+                "online": d.online,
+                "release": t.release if (t := last.get(d.id)) else 0,
+                "state": t.state if t else "unknown",
+                "accuracy": t.accuracy if t else None,
+                "latency_ms": t.latency_ms if t else None,
+                "rss_mb": t.rss_mb if t else d.rss_mb,
+            }
+            for d in registry.devices()
+        ]
+        return {
+            "fleet": fleet.fleet,
+            "rounds": {
+                "of": fleet.training.rounds,
+                "closed": sum(
+                    r.phase is Phase.TRAIN and r.state is RoundState.CLOSED for r in rounds
+                ),
+                "open": any(r.state is RoundState.OPEN for r in rounds),
+            },
+            "release": max((r.number for r in releases), default=0),
+            "devices": devices,
+        }

@@ -1,0 +1,258 @@
+"""One fleet's coordinator, whatever carries its messages: train, extract, check, release."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fleetprune.errors import ConfigError, TraceError
+from fleetprune.graphmeta import reference_batch
+from fleetprune.layout import Architecture
+from fleetprune.messages import Manifest
+from fleetprune_coordinator.artifacts import Artifact, accuracy, build
+from fleetprune_coordinator.config import FleetConfig
+from fleetprune_coordinator.events import EventLog
+from fleetprune_coordinator.graph_library import GraphLibrary, StepOptions
+from fleetprune_coordinator.graphs import export_infer
+from fleetprune_coordinator.plan import Planner
+from fleetprune_coordinator.records import ReleaseRecord
+from fleetprune_coordinator.registry import Registry
+from fleetprune_coordinator.releases import ReleaseContent, ReleaseRepository
+from fleetprune_coordinator.resize import read
+from fleetprune_coordinator.rounds import Rounds
+from fleetprune_coordinator.tracing import trace
+
+log = logging.getLogger(__name__)
+
+GOLDEN_SAMPLES = 8  # enough to notice a wrong graph or a wrong kernel; a few hundred bytes each
+RELEASES = "releases"
+"""Folder of the release repository below the state folder."""
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Labelled samples that no device trains on; only reported, never used to decide."""
+
+    x: NDArray[np.float32]
+    y: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Released:
+    """What a release brought to one class."""
+
+    manifest: Manifest
+    artifact: Artifact
+
+
+class Coordinator:
+    """A fleet's model, registry and release repository."""
+
+    def __init__(self, config: FleetConfig, now: Callable[[], float], events: EventLog) -> None:
+        """Open the fleet's state and trace its model.
+
+        Args:
+            config: The fleet.
+            now: Seconds since 1970.
+            events: Where progress is told.
+
+        Raises:
+            ConfigError: The model or a file it names cannot be loaded, or there are no keys.
+            TraceError: The model cannot be pruned; names the layer.
+            BudgetError: A class's budget cannot be met; names the smallest achievable figure.
+            RegistryError: Another coordinator runs on the same state.
+        """
+        self.config = config
+        self.events = events
+        torch.manual_seed(config.training.seed)
+        self.network = load_model(config)
+        self._example = torch.zeros(1, *config.model.input_shape)
+        self.architecture = _traced(self.network, self._example, config)
+        self.test = _test_set(config)
+        dense = Planner(self.architecture, {}, schedule=config.schedule).dense
+        self.planner = Planner(
+            self.architecture,
+            {name: group.budget(dense) for name, group in config.classes.items()},
+            schedule=config.schedule,
+            multiple=config.pruning.channel_multiple,
+            allocation=config.pruning.allocation,
+        )
+        self.repository = ReleaseRepository(
+            config.state / RELEASES, lambda: datetime.fromtimestamp(now(), UTC)
+        )
+        self.registry = Registry.open(config.state, now)
+        self.registry.set_classes({n: c.trains for n, c in config.classes.items()})
+        library = GraphLibrary(
+            self.network,
+            self.architecture,
+            self._example,
+            self.repository,
+            StepOptions(
+                batch=config.training.batch,
+                loss=_loss(config),
+                momentum=config.training.momentum,
+                weight_decay=config.training.weight_decay,
+                distill_weight=config.training.distill_weight,
+            ),
+        )
+        self.rounds = Rounds(
+            config.training,
+            self.architecture,
+            self.planner,
+            library,
+            registry=self.registry,
+            events=events,
+            run=self.registry.run,
+        )
+        params, stats = read(self.network)
+        self.rounds.start(params, stats, trained=config.model.initial is not None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.registry.close()
+
+    def read(self, name: str) -> Path | bytes | None:
+        """What devices may pull: the release repository, and the models of open tasks."""
+        if name.startswith("blobs/"):
+            return self.registry.blob_path(name.removeprefix("blobs/"))
+        return self.repository.path(name)
+
+    def artifact(self, name: str) -> Artifact:
+        """A class's model as it would be shipped now; BudgetError if it is over its budget."""
+        built = build(self.network, self.architecture, self.rounds.model, name, self._golden())
+        self.planner.check(name, built.costs)
+        return built
+
+    def accuracy(self, artifact: Artifact) -> float | None:
+        """On the test set; None if there is none."""
+        if self.test is None:
+            return None
+        return accuracy(artifact.onnx, self.test.x, self.test.y)
+
+    def release(self) -> dict[str, Released]:
+        """Extract, check, sign and publish a model for every class, all in one step."""
+        number = self.repository.latest_release() + 1
+        state, config = self.rounds.model, self.config
+        artifacts = {name: self.artifact(name) for name in config.classes}
+        contents = {
+            name: ReleaseContent(
+                onnx=artifact.onnx,
+                golden=artifact.golden,
+                input_shape=config.model.input_shape,
+                max_latency_ms=config.classes[name].latency_ms,
+                labels=config.model.labels,
+                macs=artifact.costs.macs,
+                peak_activation_bytes=artifact.costs.peak_activation_bytes,
+                accuracy=self.accuracy(artifact),
+                round=config.training.rounds,
+                mask_version=state.mask_version,
+            )
+            for name, artifact in artifacts.items()
+        }
+        manifests = self.repository.publish_release(number, contents)
+        self.registry.add_release(*(_record(m) for m in manifests.values()))
+        self.events.emit(
+            "release",
+            number=number,
+            classes={
+                n: {"bytes": m.size, "macs": m.macs, "accuracy": m.accuracy}
+                for n, m in manifests.items()
+            },
+        )
+        return {name: Released(m, artifacts[name]) for name, m in manifests.items()}
+
+    def _golden(self) -> NDArray[np.float32]:
+        if self.test is not None:
+            return self.test.x[:GOLDEN_SAMPLES]
+        return reference_batch((GOLDEN_SAMPLES, *self.config.model.input_shape))
+
+
+def load_model(config: FleetConfig) -> nn.Module:
+    """The user's model, with its initial weights if there are any.
+
+    Raises:
+        ConfigError: The factory fails, or the weights do not fit.
+    """
+    factory = config.import_object(config.model.factory, "model.factory")
+    try:
+        model = factory(**config.model.arguments)
+    except Exception as e:
+        raise ConfigError(f"model.factory {config.model.factory}: {type(e).__name__}: {e}") from e
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model.factory {config.model.factory} gave a {type(model).__name__}, "
+            f"expected a torch.nn.Module"
+        )
+    if (path := config.model.initial) is not None:
+        try:
+            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as e:
+            first = str(e).splitlines()[0]
+            raise ConfigError(f"model.initial {path} does not fit the model: {first}") from e
+    return model
+
+
+def _traced(model: nn.Module, example: torch.Tensor, config: FleetConfig) -> Architecture:
+    """The model as plain data, with the file's overhead measured on the dense export."""
+    architecture = trace(model, example)
+    if architecture.classes != config.model.outputs:
+        raise TraceError(
+            f"the model has {architecture.classes} outputs, "
+            f"but fleet.toml names {config.model.outputs} classes"
+        )
+    dense = architecture.groups
+    weights = sum(t.size(dense) * t.artifact_bytes for t in architecture.tensors)
+    overhead = len(export_infer(model, example).onnx) - weights
+    return architecture.model_copy(update={"overhead_bytes": overhead})
+
+
+def _loss(config: FleetConfig) -> Any:
+    loss = config.model.loss
+    return loss if loss == "cross_entropy" else config.import_object(loss, "model.loss")
+
+
+def _test_set(config: FleetConfig) -> TestSet | None:
+    path = config.data.test
+    if path is None:
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            x, y = file["x"].astype(np.float32), file["y"].astype(np.int64)
+    except (OSError, ValueError, KeyError) as e:
+        raise ConfigError(f"data.test {path}: expected an .npz with x and y: {e}") from e
+    if x.shape[1:] != config.model.input_shape or y.shape != x.shape[:1] or not x.size:
+        raise ConfigError(
+            f"data.test {path}: x of shape {x.shape} and y of {y.shape}, "
+            f"expected (n, {', '.join(map(str, config.model.input_shape))}) and (n,)"
+        )
+    return TestSet(x, y)
+
+
+def _record(manifest: Manifest) -> ReleaseRecord:
+    return ReleaseRecord(
+        number=manifest.release,
+        device_class=manifest.device_class,
+        sha256=manifest.sha256,
+        bytes=manifest.size,
+        macs=manifest.macs,
+        peak_activation_bytes=manifest.peak_activation_bytes,
+        accuracy=manifest.accuracy,
+        path=manifest.model,
+        round=manifest.round,
+        mask_version=manifest.mask_version,
+    )

@@ -1,0 +1,18 @@
+"""Turns a torch model into ONNX graphs that a device runs with numpy and onnxruntime alone.
+
+Three graphs per model: one training step, one pass that observes activations, and inference.
+"""
+
+from fleetprune_coordinator.graphs import (  # noqa: F401  (registers the lowering rules)
+    ops_conv,
+    ops_matmul,
+    ops_norm,
+    ops_pointwise,
+    ops_pool,
+    ops_reduce,
+    ops_shape,
+)
+from fleetprune_coordinator.graphs.export_train import export_train_step
+from fleetprune_coordinator.graphs.types import GateMember, Graph, Student
+
+__all__ = ["GateMember", "Graph", "Student", "export_train_step"]

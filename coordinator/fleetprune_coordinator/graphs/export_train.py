@@ -1,0 +1,396 @@
+"""The training graph: forward, loss, backward, optimiser step, BatchNorm statistics."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from fleetprune.errors import GraphError
+from fleetprune.graphmeta import METADATA_KEY, GraphMeta, Verification
+from fleetprune_coordinator.graphs import verification as check
+from fleetprune_coordinator.graphs.losses import LOSSES, Loss, distillation, weighted_mean
+from fleetprune_coordinator.graphs.lowering import Lowering, NotLoweredError, dtype_name
+from fleetprune_coordinator.graphs.trace import explain, is_batch_norm, prepare, statistics, trace
+from fleetprune_coordinator.graphs.types import GateMember, Graph, Student, finished
+from fleetprune_coordinator.graphs.values import Value
+from fleetprune_coordinator.graphs.writer import NCHWC, GraphWriter
+
+Gates = Sequence[Sequence[GateMember]]
+
+FEW = 8
+"""Runs of consecutive indices up to which an index list is written as slices."""
+
+
+@dataclass
+class TrainingStep:
+    """Loss and gradients as a torch function of tensors alone: traced in float32 for the graph,
+    run in float64 for its reference."""
+
+    model: nn.Module
+    loss: Loss
+    student: Student | None = None
+    params: dict[str, torch.Tensor] = field(init=False)
+    stats: dict[str, torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.params = {n: p.detach() for n, p in self.model.named_parameters()}
+        self.stats = statistics(self.model)
+
+    def __call__(
+        self, x: torch.Tensor, y: torch.Tensor, sw: torch.Tensor, *state: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Loss, then the gradient of each parameter.
+
+        Args:
+            x: (batch, *shape).
+            y: (batch, ...) as the loss takes it.
+            sw: (batch,) sample weights.
+            *state: Parameters, then BatchNorm statistics (updated in place).
+        """
+        count = len(self.params)
+        values = [p.detach().requires_grad_() for p in state[:count]]
+        tensors = dict(zip(self.params, values, strict=True))
+        buffers = dict(zip(self.stats, state[count:], strict=True))
+        with torch.enable_grad():
+            output = torch.func.functional_call(self.model, tensors | buffers, (x,))
+            loss = weighted_mean(self.loss(output, y), sw)
+            if self.student is not None:
+                small = {n: take(tensors[n], i) for n, i in self.student.index.items()}
+                guess = torch.func.functional_call(self.student.model, small, (x,))
+                extra = weighted_mean(distillation(output, guess), sw)
+                loss = loss + self.student.weight * extra
+            gradients = torch.autograd.grad(loss, values, allow_unused=True)
+        return (
+            loss,
+            *(
+                torch.zeros_like(p) if g is None else g
+                for g, p in zip(gradients, values, strict=True)
+            ),
+        )
+
+
+def take(tensor: torch.Tensor, index: Sequence[slice | list[int]]) -> torch.Tensor:
+    """tensor[index[0]][:, index[1]]... for one slice or list of indices per axis."""
+    for axis, part in enumerate(index):
+        length = tensor.shape[axis]
+        at = list(range(length))[part] if isinstance(part, slice) else list(part)
+        runs = _runs(at)
+        if runs == [(0, length)]:
+            continue
+        if len(runs) <= FEW:
+            pieces = [tensor.narrow(axis, start, count) for start, count in runs]
+            tensor = torch.cat(pieces, axis) if len(pieces) > 1 else pieces[0]
+        else:
+            tensor = tensor.index_select(axis, torch.tensor(at))
+    return tensor
+
+
+def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
+    """(start, count) of each run of consecutive indices."""
+    runs: list[tuple[int, int]] = []
+    for i in indices:
+        if runs and i == sum(runs[-1]):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((i, 1))
+    return runs
+
+
+def export_train_step(
+    model: nn.Module,
+    example: torch.Tensor,
+    *,
+    batch: int,
+    loss: str | Loss = "cross_entropy",
+    target: torch.Tensor | None = None,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    block: int = 0,
+    gates: Gates = (),
+    student: Student | None = None,
+    gradient: bool = False,
+) -> Graph:
+    """One step of SGD as a graph.
+
+    Inputs: x (batch, *shape), y, sw (batch,) float32 sample weights, lr float32 without axes,
+    params (P,), momentum (P,), and stats (S,) if the model has BatchNorm. Outputs: loss without
+    axes, params_out (P,), momentum_out (P,), stats_out (S,) if there are statistics, taylor (U,)
+    if there are gates, grad (P,) if asked for.
+
+        loss = sum(loss_i * sw_i) / sum(sw)
+        v = momentum * v + (g + weight_decay * p)        p = p - lr * v
+
+    Weight decay leaves tensors with fewer than two axes (norm scales, biases) alone. A sample of
+    weight 0 counts nowhere, not even in BatchNorm: a short batch is filled up with such samples.
+    taylor holds, per group and unit, the square of the sum of w * dL/dw over the unit's elements
+    in all gate members of the group.
+
+    Args:
+        model: All its parameters are trained.
+        example: (n, *shape); shape and dtype count, and of integers the largest.
+        batch: Samples per step.
+        loss: "cross_entropy" (y (batch,) int64), "mse" (y of the output's shape), or a function
+            of output and y that returns (batch,) losses.
+        target: An example of y (n, ...), for a loss function whose y is not (batch,) int64
+            class numbers.
+        momentum: Of SGD.
+        weight_decay: Of SGD.
+        block: Channels per memory block of the device (16 with AVX-512, 8 with AVX2); 0 makes a
+            graph that any machine can run.
+        gates: Per group its gate members.
+        student: Trained along with the model, by distillation; classification only.
+        gradient: Also return the gradient.
+
+    Raises:
+        GraphError: A layer cannot be lowered, an argument does not fit the model, or the graph
+            computes something else than torch.
+    """
+    function = LOSSES.get(loss) if isinstance(loss, str) else loss
+    if function is None:
+        raise GraphError(f"loss {loss!r}, expected one of {sorted(LOSSES)} or a function")
+    _check_block(block)
+    step = _training_step(model, function, student, torch.float32)
+    units = _check_gates(gates, step.params)
+    x = example[:1].expand(batch, *example.shape[1:]).contiguous()
+    y = _targets(step.model, x, loss, target)
+    writer = GraphWriter()
+    try:
+        _write(writer, step, x, y, momentum, weight_decay, block, gates, gradient)
+    except NotLoweredError as e:
+        raise explain(e, model, x) from e
+    meta = GraphMeta(
+        kind="train_step",
+        block=block if writer.uses_domain(NCHWC) else 0,
+        batch=batch,
+        parameters=_count(step.params),
+        statistics=_count(step.stats),
+        units=units,
+        momentum=momentum,
+        verification=Verification(
+            x=check.reference_input(example, tuple(x.shape)),
+            y=check.reference_input(y, tuple(y.shape)),
+            live=check.live_samples(batch),
+            params=check.parameter_runs(step.params),
+            stats=check.statistic_runs(step.stats),
+        ),
+    )
+    if not writer.uses("RandomUniform"):
+        exact = _training_step(model, function, student, torch.float64)
+        meta = check.with_expected(meta, _reference(exact, meta, weight_decay, gates))
+    onnx = writer.serialize({METADATA_KEY: meta.to_json()})
+    check.check_here(onnx, meta)
+    return finished(onnx, meta)
+
+
+def _check_block(block: int) -> None:
+    if block not in (0, 8, 16):
+        raise GraphError(f"block {block}, expected 0, 8 or 16")
+
+
+def _count(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(t.numel() for t in tensors.values())
+
+
+def _training_step(
+    model: nn.Module, loss: Loss, student: Student | None, dtype: torch.dtype
+) -> TrainingStep:
+    twin = prepare(model).to(dtype).train()
+    if student is None:
+        return TrainingStep(twin, loss)
+    narrow = prepare(student.model).to(dtype).train()
+    for module in narrow.modules():
+        if is_batch_norm(module):  # normalises by the batch and remembers nothing
+            module.track_running_stats = False
+            module.running_mean = module.running_var = None
+    step = TrainingStep(twin, loss, Student(narrow, student.index, student.weight))
+    _check_student(step)
+    return step
+
+
+def _check_student(step: TrainingStep) -> None:
+    if step.student is None:
+        return
+    own = {n: tuple(p.shape) for n, p in step.student.model.named_parameters()}
+    if set(own) != set(step.student.index):
+        odd = sorted(set(own) ^ set(step.student.index))
+        raise GraphError(f"student and its index differ in parameters {odd}")
+    for name, shape in own.items():
+        if name not in step.params:
+            raise GraphError(f"student parameter {name} is none of the model's")
+        got = tuple(take(step.params[name], step.student.index[name]).shape)
+        if got != shape:
+            raise GraphError(f"student parameter {name}: index gives {got}, expected {shape}")
+
+
+def _check_gates(gates: Gates, params: Mapping[str, torch.Tensor]) -> int:
+    """The number of units of all groups together."""
+    total = 0
+    for number, group in enumerate(gates):
+        counts = {member.units for member in group}
+        if len(counts) != 1:
+            raise GraphError(f"gates of group {number}: units {sorted(counts)}, expected one count")
+        for m in group:
+            if m.parameter not in params:
+                raise GraphError(f"gate {m.parameter}: the model has no such parameter")
+            shape = tuple(params[m.parameter].shape)
+            end = m.start + m.units * m.block
+            if not 0 <= m.axis < len(shape) or not 0 <= m.start < end <= shape[m.axis]:
+                raise GraphError(
+                    f"gate {m.parameter}: indices {m.start}..{end} on axis {m.axis} "
+                    f"do not exist in shape {shape}"
+                )
+        total += counts.pop()
+    return total
+
+
+def _targets(
+    model: nn.Module, x: torch.Tensor, loss: str | Loss, target: torch.Tensor | None
+) -> torch.Tensor:
+    """An example of y for the whole batch; of class numbers, the largest."""
+    if target is not None:
+        return target[:1].expand(len(x), *target.shape[1:]).contiguous()
+    with torch.no_grad():
+        output = prepare(model)(x)
+    if loss == "mse":
+        return torch.zeros_like(output)
+    return torch.full((len(x),), output.shape[-1] - 1, dtype=torch.int64)
+
+
+def _write(
+    writer: GraphWriter,
+    step: TrainingStep,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    momentum: float,
+    weight_decay: float,
+    block: int,
+    gates: Gates,
+    gradient: bool,
+) -> None:
+    """Write the whole graph."""
+    size, statistic_size = _count(step.params), _count(step.stats)
+    traced = trace(step, x, y, torch.ones(len(x)), *step.params.values(), *step.stats.values())
+    inputs = [
+        Value(tuple(t.shape), dtype_name(t.dtype),
+              plain=writer.input(name, t.shape, dtype_name(t.dtype)))
+        for name, t in (("x", x), ("y", y), ("sw", torch.ones(len(x))))
+    ]
+    lr = writer.input("lr", (), "float32")
+    params = writer.input("params", (size,), "float32")
+    velocity = writer.input("momentum", (size,), "float32")
+    weights = split_state(writer, params, step.params)
+    stats = []
+    if step.stats:
+        stats = split_state(
+            writer, writer.input("stats", (statistic_size,), "float32"), step.stats
+        )
+    low = Lowering(writer, block, live=writer.op("Sign", inputs[2].plain or ""))
+    low.batch = len(x)
+    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    low.values.update(zip(placeholders, [*inputs, *weights, *stats], strict=True))
+    loss, *gradients = low.run(traced)
+
+    names = [low.plain(g) for g in gradients]
+    decayed = [
+        writer.op("Add", g, writer.op("Mul", low.plain(w), writer.scalar(weight_decay)))
+        if weight_decay and len(w.shape) > 1
+        else g
+        for g, w in zip(names, weights, strict=True)
+    ]
+    kept = writer.op("Mul", velocity, writer.scalar(momentum))
+    moved = writer.op("Add", kept, join_state(writer, decayed))
+    writer.output(low.plain(loss), "loss", ())
+    writer.output(
+        writer.op("Sub", params, writer.op("Mul", moved, lr)), "params_out", (size,)
+    )
+    writer.output(moved, "momentum_out", (size,))
+    if step.stats:
+        now = [low.updated.get(s) or low.plain(s) for s in stats]
+        writer.output(join_state(writer, now), "stats_out", (statistic_size,))
+    if gates:
+        by_name = dict(zip(step.params, zip(weights, names, strict=True), strict=True))
+        scores = [_taylor(low, group, by_name) for group in gates]
+        joined = writer.op("Concat", *scores, axis=0) if len(scores) > 1 else scores[0]
+        writer.output(joined, "taylor", (sum(g[0].units for g in gates),))
+    if gradient:
+        writer.output(join_state(writer, names), "grad", (size,))
+
+
+def split_state(
+    writer: GraphWriter, flat: str, tensors: Mapping[str, torch.Tensor]
+) -> list[Value]:
+    """A flat input cut into the tensors that it holds."""
+    sizes = [t.numel() for t in tensors.values()]
+    parts = [flat]
+    if len(sizes) > 1:
+        parts = writer.multi("Split", flat, writer.ints(*sizes), outputs=len(sizes), axis=0)
+    return [
+        Value(tuple(t.shape),
+              plain=p if t.dim() == 1 else writer.op("Reshape", p, writer.ints(*t.shape)))
+        for p, t in zip(parts, tensors.values(), strict=True)
+    ]
+
+
+def join_state(writer: GraphWriter, names: Sequence[str]) -> str:
+    """One flat tensor of all."""
+    flat = [writer.op("Reshape", n, writer.ints(-1)) for n in names]
+    return writer.op("Concat", *flat, axis=0)
+
+
+def _taylor(
+    low: Lowering, group: Sequence[GateMember], tensors: Mapping[str, tuple[Value, str]]
+) -> str:
+    """(units,) squares of the units' sums of w * dL/dw."""
+    total = ""
+    for m in group:
+        weight, g = tensors[m.parameter]
+        product = low.op("Mul", low.plain(weight), g)
+        end = m.start + m.units * m.block
+        if (m.start, end) != (0, weight.shape[m.axis]):
+            product = low.op("Slice", product, low.ints(m.start), low.ints(end), low.ints(m.axis))
+        others = [a for a in range(len(weight.shape)) if a != m.axis]
+        if others:
+            product = low.op("ReduceSum", product, low.ints(*others), keepdims=0)
+        if m.block > 1:
+            product = low.op("Reshape", product, low.ints(m.units, m.block))
+            product = low.op("ReduceSum", product, low.ints(1), keepdims=0)
+        total = low.op("Add", total, product) if total else product
+    return low.op("Mul", total, total)
+
+
+def _reference(
+    step: TrainingStep, meta: GraphMeta, weight_decay: float, gates: Gates
+) -> dict[str, torch.Tensor]:
+    """The outputs for the reference inputs: torch, float64, live samples only, lr = 1."""
+    feeds, live = check.doubles(meta), meta.verification.live
+    params = check.split_like(feeds["params"], step.params)
+    stats = check.split_like(feeds["stats"], step.stats) if step.stats else []
+    batch = [feeds[name][:live] for name in ("x", "y", "sw")]
+    loss, *gradients = step(*batch, *params, *stats)
+    moved = [
+        g + weight_decay * p if p.dim() > 1 else g for g, p in zip(gradients, params, strict=True)
+    ]
+    outputs = {
+        "loss": loss,
+        "momentum_out": check.flatten(moved),
+        "params_out": feeds["params"] - check.flatten(moved),
+    }
+    if stats:
+        outputs["stats_out"] = check.flatten(stats)
+    if gates:
+        products = {
+            n: p * g for n, p, g in zip(step.params, params, gradients, strict=True)
+        }
+        outputs["taylor"] = torch.cat([_group_scores(group, products) for group in gates])
+    return outputs
+
+
+def _group_scores(
+    group: Sequence[GateMember], products: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    total = torch.zeros(group[0].units, dtype=torch.float64)
+    for m in group:
+        part = products[m.parameter].narrow(m.axis, m.start, m.units * m.block)
+        total += part.movedim(m.axis, 0).reshape(m.units, -1).sum(1)
+    return total**2

@@ -1,0 +1,228 @@
+"""Convolution and its gradients on plain tensors, which any processor can run.
+
+Notation: x (N, C, H, W) input, w (O, C/groups, kh, kw) weight, y (N, O, Ho, Wo) output, g the
+gradient of y. `ops_conv_blocked` does the same faster where the graph may use blocked tensors.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fleetprune_coordinator.graphs import ops_conv_blocked as fast
+from fleetprune_coordinator.graphs.geometry import Geometry, conv_geometry, plain4, read_part
+from fleetprune_coordinator.graphs.lowering import Call, Lowering, lowers
+from fleetprune_coordinator.graphs.values import Value
+from fleetprune_coordinator.graphs.writer import MICROSOFT
+
+NARROW = 16
+"""Output columns up to which a depthwise weight gradient is one product per kernel row."""
+LONG = 64
+"""Positions from which a 1x1 weight gradient is one product per sample, not one for all."""
+
+
+@lowers("aten.convolution")
+def convolution(
+    low: Lowering,
+    call: Call,
+    x: Value,
+    w: Value,
+    bias: Value | None,
+    stride: Sequence[int],
+    pad: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    _output_padding: Sequence[int],
+    groups: int,
+) -> Value:
+    """Conv1d and Conv2d (and, without gradients, Conv3d)."""
+    if transposed:
+        raise call.unsupported("has no lowering for transposed convolutions")
+    if low.block and len(x.shape) in (3, 4):
+        geometry = conv_geometry(x.shape, w.shape, call.shape, stride, pad, dilation, groups)
+        if fast.suits(geometry):
+            return fast.forward(low, call, geometry, x, w, bias)
+    inputs = [low.plain(v) for v in (x, w, bias) if v is not None]
+    name = low.op(
+        "Conv", *inputs, kernel_shape=list(w.shape[2:]), strides=list(stride),
+        pads=[*pad, *pad], dilations=list(dilation), group=groups,
+    )
+    return low.result(call, name)
+
+
+@lowers("aten.convolution_backward")
+def convolution_backward(
+    low: Lowering,
+    call: Call,
+    g: Value,
+    x: Value,
+    w: Value,
+    _bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    pad: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    _output_padding: Sequence[int],
+    groups: int,
+    wanted: Sequence[bool],
+) -> list[Value | None]:
+    """Gradients of input, weight and bias, each where it is wanted."""
+    if transposed or len(x.shape) not in (3, 4):
+        raise call.unsupported("is supported for Conv1d and Conv2d only")
+    geometry = conv_geometry(x.shape, w.shape, g.shape, stride, pad, dilation, groups)
+    blocked = bool(low.block) and fast.suits(geometry) and geometry.dilation == (1, 1)
+    gx = gw = gb = None
+    if wanted[0]:
+        make = fast.input_gradient if blocked else input_gradient
+        gx = make(low, geometry, g, w, x.shape)
+    if wanted[1]:
+        if blocked and not geometry.pointwise:
+            name = fast.weight_gradient(low, geometry, x, g)
+        else:
+            name = weight_gradient(low, geometry, x, g)
+        gw = Value(w.shape, plain=low.reshape(name, w.shape))
+    if wanted[2]:
+        gb = bias_gradient(low, g)
+    return [gx, gw, gb]
+
+
+def bias_gradient(low: Lowering, g: Value) -> Value:
+    """sum(g) over samples and positions, (O,)."""
+    if g.only_blocked:
+        return Value((g.shape[1],), plain=fast.channel_sum(low, g))
+    axes = low.ints(0, *range(2, len(g.shape)))
+    return Value((g.shape[1],), plain=low.op("ReduceSum", low.plain(g), axes, keepdims=0))
+
+
+def tap(low: Lowering, geometry: Geometry, padded: str, row: int, column: int) -> str:
+    """What kernel element (row, column) is multiplied with: (.., .., Ho, Wo) of the padded input."""
+    if geometry.kernel == (1, 1) and geometry.stride == (1, 1):
+        return padded
+    starts = [row * geometry.dilation[0], column * geometry.dilation[1]]
+    ends = [
+        a + (o - 1) * s + 1
+        for a, o, s in zip(starts, geometry.out_size, geometry.stride, strict=True)
+    ]
+    return low.op(
+        "Slice", padded, low.ints(*starts), low.ints(*ends), low.ints(2, 3),
+        low.ints(*geometry.stride),
+    )
+
+
+def input_gradient(
+    low: Lowering, geometry: Geometry, g: Value, w: Value, shape: tuple[int, ...]
+) -> Value:
+    """The transposed convolution of g with w.
+
+    A depthwise one of stride 1 is written as a convolution with the flipped kernel and pads
+    k - 1 - p, for which onnxruntime has the faster code.
+    """
+    weight = low.reshape(low.plain(w), geometry.weight_shape)
+    pads = [k - 1 - p for k, p in zip(geometry.kernel, geometry.pad, strict=True)]
+    unit = geometry.stride == geometry.dilation == (1, 1)
+    if geometry.depthwise and unit and min(pads) >= 0:
+        taps = geometry.kernel[0] * geometry.kernel[1]
+        rows = low.op("Reshape", weight, low.ints(geometry.outputs, taps))
+        flipped = low.op("Gather", rows, low.ints(*range(taps - 1, -1, -1)), axis=1)
+        flipped = low.op("Reshape", flipped, low.ints(*geometry.weight_shape))
+        name = low.op("Conv", plain4(low, g), flipped, pads=[*pads, *pads], group=geometry.groups)
+    else:
+        name = low.op(
+            "ConvTranspose", plain4(low, g), weight, strides=list(geometry.stride),
+            pads=[*geometry.pad, *geometry.pad], dilations=list(geometry.dilation),
+            output_padding=list(geometry.output_padding), group=geometry.groups,
+        )
+    return Value(shape, plain=name if len(shape) == 4 else low.reshape(name, shape))
+
+
+def weight_gradient(low: Lowering, geometry: Geometry, x: Value, g: Value) -> str:
+    """gw[o, c, i, j] = sum over n, h, v of g[n, o, h, v] * x[n, c, h*s + i*d - p, v*s + j*d - p].
+
+    Returns:
+        The name of a tensor with the elements of w in order.
+    """
+    padded = read_part(low, geometry, plain4(low, x))
+    gradient = plain4(low, g)
+    if geometry.pointwise:
+        return _pointwise_weight_gradient(low, geometry, padded, gradient)
+    if geometry.depthwise and geometry.out_size[1] <= NARROW and geometry.out_size[0] > 1:
+        return _depthwise_weight_gradient(low, geometry, padded, gradient)
+    parts = [
+        low.op(
+            "Reshape",
+            _tap_gradient(low, geometry, tap(low, geometry, padded, i, j), gradient),
+            low.ints(*geometry.weight_shape[:2], 1),
+        )
+        for i in range(geometry.kernel[0])
+        for j in range(geometry.kernel[1])
+    ]
+    return low.op("Concat", *parts, axis=2) if len(parts) > 1 else parts[0]
+
+
+def _tap_gradient(low: Lowering, geometry: Geometry, part: str, gradient: str) -> str:
+    """The gradient of one kernel element, for all channels: a product per sample and group."""
+    n, groups = geometry.batch, geometry.groups
+    outputs, channels = geometry.outputs // groups, geometry.channels // groups
+    if outputs == channels == 1:
+        return low.op("ReduceSum", low.op("Mul", part, gradient), low.ints(0, 2, 3), keepdims=0)
+    positions = geometry.out_size[0] * geometry.out_size[1]
+    left = low.op("Reshape", gradient, low.ints(n, groups, outputs, positions))
+    right = low.op("Reshape", part, low.ints(n, groups, channels, positions))
+    product = low.op("FusedMatMul", left, right, domain=MICROSOFT, transB=1)
+    return low.op("ReduceSum", product, low.ints(0), keepdims=0)
+
+
+def _pointwise_weight_gradient(
+    low: Lowering, geometry: Geometry, padded: str, gradient: str
+) -> str:
+    """sum over n of g[n] @ x[n].T, with positions as columns."""
+    n, positions = geometry.batch, geometry.out_size[0] * geometry.out_size[1]
+    part = padded
+    if geometry.stride != (1, 1):
+        part = tap(low, geometry, padded, 0, 0)
+    if positions >= LONG:
+        left = low.op("Reshape", gradient, low.ints(n, geometry.outputs, positions))
+        right = low.op("Reshape", part, low.ints(n, geometry.channels, positions))
+        product = low.op("FusedMatMul", left, right, domain=MICROSOFT, transB=1)
+        return low.op("ReduceSum", product, low.ints(0), keepdims=0)
+
+    def rows(name: str, channels: int) -> str:
+        name = low.op("Reshape", name, low.ints(n, channels, positions))
+        name = low.op("Transpose", name, perm=[1, 0, 2])
+        return low.op("Reshape", name, low.ints(channels, n * positions))
+
+    return low.op("Gemm", rows(gradient, geometry.outputs), rows(part, geometry.channels), transB=1)
+
+
+def _depthwise_weight_gradient(
+    low: Lowering, geometry: Geometry, padded: str, gradient: str
+) -> str:
+    """Depthwise, few columns: per kernel row one product x.T @ g over all samples and rows.
+
+    Its element (u, v) belongs to kernel column j where u = v*stride + j*dilation; a constant 0/1
+    matrix adds those up.
+    """
+    n, c, (out_height, out_width) = geometry.batch, geometry.channels, geometry.out_size
+    wide, taps = geometry.extent[1], geometry.kernel[1]
+    diagonals = np.zeros((wide, out_width, taps), np.float32)
+    for j in range(taps):
+        for v in range(out_width):
+            diagonals[v * geometry.stride[1] + j * geometry.dilation[1], v, j] = 1
+    collect = low.writer.constant(diagonals.reshape(-1, taps))
+
+    by_channel = low.op("Transpose", padded, perm=[1, 0, 2, 3])
+    right = low.op("Transpose", gradient, perm=[1, 0, 2, 3])
+    right = low.op("Reshape", right, low.ints(c, n * out_height, out_width))
+    rows = []
+    for i in range(geometry.kernel[0]):
+        start = i * geometry.dilation[0]
+        part = low.op(
+            "Slice", by_channel, low.ints(start),
+            low.ints(start + (out_height - 1) * geometry.stride[0] + 1),
+            low.ints(2), low.ints(geometry.stride[0]),
+        )
+        left = low.op("Reshape", part, low.ints(c, n * out_height, wide))
+        product = low.op("FusedMatMul", left, right, domain=MICROSOFT, transA=1)
+        product = low.op("Reshape", product, low.ints(c, wide * out_width))
+        row = low.op("MatMul", product, collect)
+        rows.append(low.op("Reshape", row, low.ints(c, 1, taps)))
+    return low.op("Concat", *rows, axis=1)

@@ -1,0 +1,53 @@
+"""What the exports take and return."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from fleetprune.graphmeta import GraphMeta
+
+
+@dataclass(frozen=True)
+class GateMember:
+    """A tensor whose elements scale or make the units of a group (for the Taylor score).
+
+    On `axis`, unit u owns the indices start + u*block .. start + (u+1)*block.
+    """
+
+    parameter: str
+    """Name in `model.named_parameters()`."""
+    axis: int
+    start: int
+    units: int
+    block: int = 1
+
+
+@dataclass(frozen=True)
+class Student:
+    """A narrower model whose tensors are slices of the trained model's own."""
+
+    model: nn.Module
+    """The resized module, with the same parameter names."""
+    index: Mapping[str, tuple[slice | list[int], ...]]
+    """Per parameter name, per axis: which part of the trained model's tensor it is."""
+    weight: float = 1.0
+    """Weight of the distillation loss beside the task's loss."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An exported graph."""
+
+    onnx: bytes
+    """The ONNX file."""
+    sha256: str
+    """Hex digest of `onnx`."""
+    meta: GraphMeta
+    """Also in the file's metadata."""
+
+
+def finished(onnx: bytes, meta: GraphMeta) -> Graph:
+    """A graph with its digest."""
+    return Graph(onnx, hashlib.sha256(onnx).hexdigest(), meta)

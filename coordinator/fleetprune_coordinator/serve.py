@@ -1,0 +1,250 @@
+"""`fleetprune coordinator serve`: the coordinator as a process on a broker."""
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fleetprune.errors import TransportError
+from fleetprune.files import write_atomic
+from fleetprune.messages import Enrol, Telemetry
+from fleetprune_coordinator.config import FleetConfig
+from fleetprune_coordinator.coordinator import Coordinator, Released
+from fleetprune_coordinator.events import EventLog
+from fleetprune_coordinator.hub import Hub, Outcome
+from fleetprune_coordinator.mqtt_grid import MqttGrid
+from fleetprune_coordinator.strategy import NestedStrategy, run_app, server_app
+from fleetprune_coordinator.summary import summarise
+
+log = logging.getLogger(__name__)
+
+REFRESH_S = 3600.0  # seconds between new timestamps; they live for a day
+INSTALL_WAIT_S = 120.0  # seconds that `--until-released` waits for the devices to install
+POLL_S = 0.1  # seconds between looks at what devices have reported
+
+
+class Server:
+    """A coordinator, a hub, and what passes between them."""
+
+    def __init__(self, coordinator: Coordinator, stop: threading.Event) -> None:
+        """Prepare to serve; `stop` ends it."""
+        self._coordinator = coordinator
+        self._registry = coordinator.registry
+        self._events = coordinator.events
+        self._stop = stop
+        config = coordinator.config
+        self._registry.set_all_offline()
+        self.hub = Hub(
+            config.broker,
+            config.fleet,
+            self._registry,
+            coordinator.read,
+            config.state / "spool",
+            on_enrol=self._enrol,
+            on_status=lambda device, online: _ignore(self._registry.set_online(device, online)),
+            on_telemetry=self._telemetry,
+        )
+        self.hub.watch(self._outcome)
+        self._counted: dict[str, tuple[int, int]] = {}
+        self._last = time.monotonic()
+        self._installed: set[tuple[str, int]] = set()
+
+    # ---- what the hub tells
+
+    def _enrol(self, enrol: Enrol) -> str | None:
+        classes = self._coordinator.config.classes
+        if enrol.device_class not in classes:
+            return (
+                f"class {enrol.device_class} is not one of this fleet's: "
+                f"{', '.join(sorted(classes))}"
+            )
+        known = self._registry.device(enrol.device)
+        self._registry.enrol(enrol)
+        if known is None:
+            self._events.emit("enrolled", device=enrol.device, device_class=enrol.device_class)
+        return None
+
+    def _telemetry(self, telemetry: Telemetry) -> None:
+        if self._registry.device(telemetry.device) is None:
+            return
+        self._registry.record_telemetry(telemetry)
+        key = (telemetry.device, telemetry.release)
+        if telemetry.state == "committed" and telemetry.release and key not in self._installed:
+            self._installed.add(key)
+            self._events.emit(
+                "installed",
+                device=telemetry.device,
+                device_class=telemetry.device_class,
+                release=telemetry.release,
+                accuracy=telemetry.accuracy,
+                latency_ms=telemetry.latency_ms,
+                rss_mb=telemetry.rss_mb,
+            )
+
+    def _outcome(self, outcome: Outcome) -> None:
+        if outcome.refused is not None:
+            self._registry.refuse_task(outcome.task, outcome.device, outcome.refused)
+            self._registry.add_event("task refused", outcome.refused, outcome.device)
+
+    # ---- what the operator asked for
+
+    def train(self) -> None:
+        """Wait for enough devices, then run what is left of the training."""
+        config = self._coordinator.config
+        if not self._coordinator.rounds.remaining():
+            return
+        self._wait_for_devices(config.training.min_devices)
+        self._last = time.monotonic()
+        strategy = NestedStrategy(self._coordinator.rounds, self._closed)
+        app = server_app(strategy, self._coordinator.rounds, config.training.round_timeout_s)
+        grid = MqttGrid(
+            self.hub,
+            self._registry,
+            lambda: {d.name: d.id for d in self._registry.devices()},
+        )
+        run_app(app, grid)
+        grid.close()
+
+    def _wait_for_devices(self, least: int) -> None:
+        told = -1
+        while (here := len(self._registry.devices(online=True))) < least:
+            if here != told:
+                self._events.emit("waiting", devices=here, expected=least)
+                told = here
+            self._pause(POLL_S)
+
+    def _pause(self, seconds: float) -> None:
+        if self._stop.wait(seconds):
+            raise KeyboardInterrupt
+
+    def _closed(self, metrics: dict[str, Any]) -> None:
+        """Tell of a round, with the bytes that its devices sent and got."""
+        up, down = self.count_traffic(metrics["round"])
+        now = time.monotonic()
+        event = "round" if metrics["phase"] == "train" else "calibrate"
+        training = self._coordinator.config.training
+        fields = {k: v for k, v in metrics.items() if k != "phase"}
+        self._events.emit(
+            event,
+            of=training.rounds if event == "round" else training.calibration_passes,
+            seconds=round(now - self._last, 3),
+            bytes_up=up,
+            bytes_down=down,
+            devices=metrics["answers"],
+            **fields,
+        )
+        self._last = now
+        if self._stop.is_set():
+            raise KeyboardInterrupt
+
+    def count_traffic(self, round_: int) -> tuple[int, int]:
+        """Book each device's packets since the last call; returns their sums (up, down)."""
+        total_up = total_down = 0
+        for device in self._registry.devices():
+            up, down = self.hub.traffic(device.name)
+            seen_up, seen_down = self._counted.get(device.name, (0, 0))
+            self._counted[device.name] = (up, down)
+            self._registry.add_traffic(device.name, round_, up - seen_up, down - seen_down)
+            total_up += up - seen_up
+            total_down += down - seen_down
+        return total_up, total_down
+
+    def wait_for_installs(self, release: int, timeout_s: float) -> list[str]:
+        """Wait until every device that is online runs a release; returns those that do not."""
+        deadline = time.monotonic() + timeout_s
+        while missing := [
+            d.name
+            for d in self._registry.devices(online=True)
+            if (d.name, release) not in self._installed
+        ]:
+            if time.monotonic() > deadline:
+                return missing
+            self._pause(POLL_S)
+        return []
+
+
+def _ignore(result: object) -> None:
+    """For callbacks whose answer nobody needs."""
+
+
+@contextmanager
+def serving(hub: Hub) -> Iterator[None]:
+    """A started hub, stopped at the end."""
+    hub.start()
+    try:
+        yield
+    finally:
+        hub.stop()
+
+
+def serve(
+    config: FleetConfig,
+    *,
+    stop: threading.Event,
+    events: Path | None = None,
+    until_released: bool = False,
+) -> dict[str, Any]:
+    """Train, release and go on serving.
+
+    Args:
+        config: The fleet.
+        stop: Ends it at the next safe point.
+        events: File that events are appended to.
+        until_released: End when every device that is online has installed the release.
+
+    Returns:
+        The summary, which also lies in `summary.json` beside the state folder.
+
+    Raises:
+        FleetpruneError: Something that the operator must see to; one line.
+        KeyboardInterrupt: `stop` was set before the release.
+    """
+    start = time.monotonic()
+    with EventLog(events, time.time) as log_, Coordinator(config, time.time, log_) as coordinator:
+        server = Server(coordinator, stop)
+        with serving(server.hub):
+            server.hub.connection.wait_connected(30.0)
+            coordinator.events.emit("serving", fleet=config.fleet, pid=os.getpid())
+            server.train()
+            released = coordinator.release()
+            number = next(iter(released.values())).manifest.release
+            server.hub.announce_release(number)
+            missing = server.wait_for_installs(number, INSTALL_WAIT_S) if until_released else []
+            server.count_traffic(config.training.rounds)
+            summary = summarise(
+                coordinator, released, engine="mqtt", wall_s=time.monotonic() - start
+            )
+            write_results(config, released, summary)
+            if missing:
+                raise TransportError(
+                    f"release {number} is not installed on {', '.join(missing)} "
+                    f"after {INSTALL_WAIT_S:g} s"
+                )
+            coordinator.events.emit("done", summary=str(config.state.parent / "summary.json"))
+            if not until_released:
+                _keep_fresh(coordinator, stop)
+            return summary
+
+
+def _keep_fresh(coordinator: Coordinator, stop: threading.Event) -> None:
+    """Serve blocks and telemetry until stopped; sign new timestamps before the old expire."""
+    while not stop.wait(REFRESH_S):
+        coordinator.repository.refresh_timestamp()
+        coordinator.registry.collect_garbage()
+
+
+def write_results(
+    config: FleetConfig, released: Mapping[str, Released], summary: dict[str, Any]
+) -> None:
+    """Leave the summary and each class's model beside the state folder."""
+    folder = config.state.parent
+    for name, r in released.items():
+        place = folder / "releases" / name
+        place.mkdir(parents=True, exist_ok=True)
+        write_atomic(place / "model.onnx", r.artifact.onnx)
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=2).encode() + b"\n")

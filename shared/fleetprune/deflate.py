@@ -1,0 +1,50 @@
+"""Raw deflate (RFC 1951) with a bound on what is inflated.
+
+Without zlib's header and checksum: what uses it has its own. Another zlib build may deflate the
+same bytes differently, and reads them all the same.
+"""
+
+import zlib
+from typing import Final
+
+from fleetprune.errors import WireError
+
+_RAW: Final = -15
+
+
+def deflate(data: bytes, *, match: bool) -> bytes:
+    """Deflate `data`.
+
+    Args:
+        data: Any bytes.
+        match: Look for repeats too. False: Huffman codes alone, for data with a skewed
+            distribution but few repeats, where matching costs time and bytes.
+    """
+    strategy = zlib.Z_DEFAULT_STRATEGY if match else zlib.Z_HUFFMAN_ONLY
+    deflater = zlib.compressobj(wbits=_RAW, strategy=strategy)
+    return deflater.compress(data) + deflater.flush()
+
+
+def inflate(data: bytes, longest: int, what: str) -> bytes:
+    """Inflate unverified bytes, never more than `longest` + 1 of them.
+
+    Args:
+        data: One whole deflate stream.
+        longest: Most bytes accepted.
+        what: Plural, how the message calls them.
+
+    Raises:
+        WireError: The stream is broken, cut short, followed by more, or inflates to too much.
+    """
+    inflater = zlib.decompressobj(_RAW)
+    try:
+        out = inflater.decompress(data, longest + 1)
+    except zlib.error as e:
+        raise WireError(f"{what} are not a deflate stream") from e
+    if len(out) > longest:
+        raise WireError(f"{what} inflate to more than {longest} bytes")
+    if not inflater.eof:
+        raise WireError(f"deflated {what} are cut short")
+    if inflater.unused_data:
+        raise WireError(f"{len(inflater.unused_data)} bytes after the deflated {what}")
+    return out

@@ -1,0 +1,84 @@
+import re
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from step_graphs import step
+
+from fleetprune.errors import GraphError
+from fleetprune.model_payload import ModelPayload
+from fleetprune_agent.data import Batches
+from fleetprune_agent.trainer import StoppedError, train
+
+START = ModelPayload(1, 0, np.array([1, 2], np.float32), np.array([4, 8], np.float32))
+
+
+def session(onnx: bytes):
+    return ort.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+
+
+def batches(values=(1, 2, 3, 4)) -> Batches:
+    x = np.array(values, np.float32)[:, None]
+    return Batches(x, np.zeros(len(x), np.int64), 3)
+
+
+def run(sessions, **changes):
+    settings = {"epochs": 1, "max_steps": 0, "learning_rate": 0.5, "rng": np.random.default_rng(0)}
+    return train(sessions, START, changes.pop("batches", batches()), **{**settings, **changes})
+
+
+def test_two_steps_in_the_head():
+    got = run([session(step())])
+    assert got.steps == 2
+    assert got.params.tolist() == [0, 0]  # (1, 2) - 2 * 0.5 * (1, 2)
+    assert got.stats.tolist() == [1, 2]
+    assert got.taylor.tolist() == [3, 3]  # momentum 1, then 2
+    assert got.loss == 2.5  # mean of 1, 2, 3 and of 4, weighted by samples
+    assert START.params.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "steps"), [(3, 0, 6), (3, 5, 5), (1, 9, 2), (0, 0, 0), (0, 7, 0)]
+)
+def test_number_of_steps(epochs, max_steps, steps):
+    got = run([session(step())], epochs=epochs, max_steps=max_steps)
+    assert got.steps == steps
+    assert got.params.tolist() == [1 - 0.5 * steps, 2 - steps]
+    assert (got.loss is None, got.taylor is None) == (steps == 0, steps == 0)
+
+
+def test_graphs_are_drawn_evenly_and_by_the_seed():
+    sessions = [session(step((1, 0))), session(step((0, 1)))]
+    first = run(sessions, epochs=100, learning_rate=1, rng=np.random.default_rng(5))
+    again = run(sessions, epochs=100, learning_rate=1, rng=np.random.default_rng(5))
+    other = run(sessions, epochs=100, learning_rate=1, rng=np.random.default_rng(6))
+    taken = [1 - first.params[0], 2 - first.params[1]]
+    assert sum(taken) == 200
+    assert all(70 < n < 130 for n in taken)  # 4 standard deviations are 28
+    assert again.params.tolist() == first.params.tolist()
+    assert other.params.tolist() != first.params.tolist()
+
+
+def test_divergence_stops():
+    with pytest.raises(
+        GraphError,
+        match=re.escape(
+            "step 2 of 2: loss is nan, expected a finite number: learning rate 0.5 may be too high"
+        ),
+    ):
+        run([session(step())], batches=batches((1, 2, 3, np.inf)))
+    with pytest.raises(
+        GraphError, match=re.escape("params after 2 steps[1] is -inf, expected finite numbers")
+    ):
+        run([session(step((1, 1e38)))], learning_rate=3.0)
+
+
+def test_a_graph_that_refuses_its_inputs():
+    with pytest.raises(GraphError, match=r"^onnxruntime: .*Got invalid dimensions for input: x"):
+        run([session(step(batch=4))])
+
+
+def test_stops_between_steps():
+    answers = iter([False, True])
+    with pytest.raises(StoppedError, match=r"^stopped after 1 of 2 steps$"):
+        run([session(step())], stopped=lambda: next(answers))

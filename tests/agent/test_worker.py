@@ -1,0 +1,297 @@
+import hashlib
+import re
+
+import numpy as np
+import pytest
+from step_graphs import Shelf, observation, step, wrong_expectation
+
+from fleetprune.errors import DataError, GraphError, MessageError, TrustError, WireError
+from fleetprune.messages import Codec, Task, TaskKind
+from fleetprune.result import Result, decode_result
+from fleetprune.update import decode_update
+from fleetprune_agent.data import checked
+from fleetprune_agent.feedback import InMemory, OnDisk
+from fleetprune_agent.sessions import KEPT_FILES, Graphs
+from fleetprune_agent.trainer import StoppedError
+from fleetprune_agent.worker import Worker, WorkerSettings, as_loop_device, lossy
+
+
+def samples(labels=(0, 1, 0, 1)):
+    x = np.array([[1.0], [0.0], [1.0], [0.0]])
+    return checked(x, labels, lambda i: f"memory row {i}", "memory")
+
+
+@pytest.fixture
+def shelf():
+    return Shelf()
+
+
+def worker(shelf, answers=None, **changes):
+    return Worker(
+        WorkerSettings("d1", trains=changes.pop("trains", True)),
+        changes.pop("samples", samples()),
+        changes.pop("graphs", Graphs()),
+        answers or InMemory(),
+        source=shelf,
+        clock=iter(range(100)).__next__,
+        **changes,
+    )
+
+
+def answer(frame: bytes) -> tuple[Result, list[float]]:
+    result = decode_result(frame)
+    update = decode_update(result.update, mask_version=1, size=2)
+    return result, update.dense().tolist()
+
+
+def test_training_in_the_head(shelf):
+    result, update = answer(worker(shelf).handle(shelf.task("t1", [step()])))
+    assert update == [-1, -2]  # two steps of -0.5 * (1, 2)
+    assert result.vectors.keys() == {"stats", "taylor"}
+    assert result.vectors["stats"].tolist() == [1, 2]
+    assert result.vectors["taylor"].tolist() == [3, 3]
+    header = result.header
+    assert (header.task, header.device, header.kind) == ("t1", "d1", TaskKind.TRAIN)
+    assert (header.samples, header.steps, header.train_s) == (4, 2, 1.0)
+    assert header.loss == pytest.approx(0.5, abs=1e-6)
+    assert header.correct is None
+    assert header.rss_mb > 10
+
+
+def test_what_top_k_leaves_out_is_sent_later(shelf):
+    w = worker(shelf)
+    sent = [answer(w.handle(shelf.task(f"t{i}", [step()], top_k=0.5)))[1] for i in range(3)]
+    # Totals: (-1, -2); then (-1, 0) + (-1, -2); then (0, -2) + (-1, -2).
+    assert sent == [[0, -2], [-2, 0], [0, -4]]
+
+
+def test_nothing_is_lost_by_coarse_codecs(shelf):
+    w = worker(shelf)
+    total = np.zeros(2)
+    for i in range(40):
+        task = shelf.task(f"t{i}", [step((1.0, 0.013))], codec="int4", seed=i)
+        total += answer(w.handle(task))[1]
+    left = w._answers.load().residual
+    assert total + left == pytest.approx([-40, -40 * 0.013], abs=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"mask_version": 2}, {"shape": "watch"}])
+def test_the_residual_is_flushed_with_the_mask_or_shape(shelf, change):
+    w = worker(shelf)
+    w.handle(shelf.task("t1", [step()], top_k=0.5))
+    version = change.get("mask_version", 1)
+    model = shelf.add_model([1, 2], [4, 8], mask_version=version)
+    task = shelf.task("t2", [step()], model=model, top_k=0.5, **change)
+    sent = decode_result(w.handle(task)).update
+    assert decode_update(sent, mask_version=version, size=2).dense().tolist() == [0, -2]
+
+
+def test_lossy_splits_exactly(shelf):
+    task = shelf.task("t1", [step()], codec="int4", top_k=0.5)
+    total = np.random.default_rng(1).normal(size=1000).astype(np.float32)
+    encoded, left_out = lossy(total, task, np.random.default_rng(0))
+    sent = decode_update(encoded, mask_version=1, size=1000)
+    assert sent.values.size == 500
+    assert np.abs(sent.dense() + left_out - total).max() < 1e-6
+
+
+def test_a_repeat_gives_the_same_bytes_and_moves_nothing(shelf, tmp_path):
+    store = OnDisk(tmp_path / "answers.bin")
+    task = shelf.task("t1", [step()], top_k=0.5)
+    first = worker(shelf, store).handle(task)
+    before = (tmp_path / "answers.bin").read_bytes()
+    asked = len(shelf.asked)
+    again = worker(shelf, store).handle(task)  # after a restart
+    assert again == first
+    assert (tmp_path / "answers.bin").read_bytes() == before
+    assert len(shelf.asked) == asked
+    assert worker(shelf, store).answer("t1") == first
+    assert worker(shelf, store).answer("t2") is None
+
+
+class Killed(BaseException):
+    """Stands for a power cut."""
+
+
+@pytest.mark.parametrize("after_the_write", [False, True])
+def test_killed_around_the_commit(shelf, tmp_path, after_the_write):
+    """Whatever the instant, the residual moves on exactly once per answered task."""
+
+    class Dying(OnDisk):
+        def save(self, memory):
+            if after_the_write:
+                super().save(memory)
+            raise Killed
+
+    path = tmp_path / "answers.bin"
+    one, two = (shelf.task(t, [step()], top_k=0.5) for t in ("t1", "t2"))
+    with pytest.raises(Killed):
+        worker(shelf, Dying(path)).handle(one)
+    assert path.exists() == after_the_write
+    survivor = worker(shelf, OnDisk(path))
+    assert answer(survivor.handle(one))[1] == [0, -2]
+    assert answer(survivor.handle(two))[1] == [-2, 0]
+
+
+def test_observing_in_the_head_and_without_labels(shelf):
+    task = shelf.task("t1", [observation()], kind="observe")
+    for labels, correct in (((0, 1, 0, 0), 3), (None, None)):
+        got = decode_result(worker(shelf, samples=samples(labels), trains=False).handle(task))
+        assert got.update is None
+        assert {k: v.tolist() for k, v in got.vectors.items()} == {
+            "sumsq": [2],
+            "bn_sum": [2],
+            "bn_sumsq": [4],
+            "bn_count": [4],
+        }
+        assert (got.header.samples, got.header.correct, got.header.steps) == (4, correct, 0)
+
+
+def test_observing_leaves_the_residual_alone(shelf):
+    w = worker(shelf)
+    w.handle(shelf.task("t1", [step()], top_k=0.5))
+    w.handle(shelf.task("t2", [observation()], kind="observe"))
+    assert answer(w.handle(shelf.task("t3", [step()], top_k=0.5)))[1] == [-2, 0]
+
+
+def test_a_graph_that_computes_wrong_numbers_gives_way_to_the_portable_one(shelf):
+    fast, portable = wrong_expectation(step((5, 5))), step()
+    refs = [shelf.add_graph(portable).model_dump(by_alias=True)]
+    w = worker(shelf)
+    assert answer(w.handle(shelf.task("t1", [fast], portable=refs)))[1] == [-1, -2]
+    asked = shelf.asked.count(shelf.add_graph(fast).target)
+    w.handle(shelf.task("t2", [fast], portable=refs))
+    assert shelf.asked.count(shelf.add_graph(fast).target) == asked == 1  # the verdict stands
+    with pytest.raises(GraphError, match="computes wrong numbers on this machine"):
+        w.handle(shelf.task("t3", [fast]))
+
+
+def test_refusals(shelf):
+    train, watch = shelf.task("t1", [step()]), shelf.task("t2", [observation()], kind="observe")
+    cases = [
+        (
+            worker(shelf),
+            shelf.task("t3", [step()], device="d2"),
+            MessageError,
+            "task t3 is for device d2, this is d1",
+        ),
+        (
+            worker(shelf, trains=False),
+            train,
+            DataError,
+            "task t1 trains, but this device has trains = false",
+        ),
+        (
+            worker(shelf, samples=samples(None)),
+            train,
+            DataError,
+            "task t1 trains, but this device's data has no labels",
+        ),
+        (
+            worker(shelf, samples=samples((0, 1, 2, 0))),
+            train,
+            DataError,
+            "memory row 2: label 2, but the model has classes 0..1",
+        ),
+        (
+            worker(shelf, samples=checked(np.zeros((1, 7)), [0], lambda i: f"row {i}", "m")),
+            watch,
+            DataError,
+            "row 0: sample of shape (7,), but the model expects (1,)",
+        ),
+        (
+            worker(shelf),
+            shelf.task("t4", [observation()]),
+            GraphError,
+            f"{shelf.add_graph(observation()).target} is a graph of kind observe, "
+            "expected train_step",
+        ),
+        (
+            worker(shelf),
+            shelf.task("t5", [step(), step(batch=4)]),
+            GraphError,
+            "task t5: its graphs are of different shapes",
+        ),
+        (
+            worker(shelf),
+            shelf.task("t6", [step()], mask_version=9),
+            WireError,
+            "model of mask version 1 and round 0, expected 9 and 0",
+        ),
+        (
+            worker(shelf),
+            shelf.task("t7", [step()], model=shelf.add_model([1, 2, 3], [4, 8])),
+            WireError,
+            "model of 3 parameters, expected 2",
+        ),
+    ]
+    for w, task, error, message in cases:
+        with pytest.raises(error, match=f"^{re.escape(message)}$"):
+            w.handle(task)
+        assert w.answer(task.task) is None
+
+
+def test_bytes_of_another_hash_are_refused(shelf):
+    task = shelf.task("t1", [step()])
+    honest = dict(shelf.blobs)
+    shelf.blobs[task.graphs[0].target] = other = step((3, 3))
+    got = hashlib.sha256(other).hexdigest()
+    with pytest.raises(
+        TrustError,
+        match=f"^{task.graphs[0].target}: SHA-256 {got}, expected {task.graphs[0].sha256}$",
+    ):
+        worker(shelf).handle(task)
+    shelf.blobs.update(honest)
+    shelf.blobs[f"blobs/{task.model.sha256}"] = b"x"
+    with pytest.raises(WireError, match=r"^model of 1 bytes with SHA-256 2d7116.*, expected"):
+        worker(shelf).handle(task)
+
+
+def test_graphs_on_disk_are_reused_checked_and_few(shelf, tmp_path):
+    task = shelf.task("t1", [step()])
+    target = task.graphs[0].target
+    worker(shelf, graphs=Graphs(folder=tmp_path)).handle(task)
+    worker(shelf, graphs=Graphs(folder=tmp_path)).handle(task)
+    assert shelf.asked.count(target) == 1
+    (tmp_path / f"{task.graphs[0].sha256}.onnx").write_bytes(b"damaged")
+    worker(shelf, graphs=Graphs(folder=tmp_path)).handle(task)
+    assert shelf.asked.count(target) == 2
+    for i in range(KEPT_FILES):
+        (tmp_path / f"{i}.onnx").write_bytes(b"old")
+    worker(shelf, graphs=Graphs(folder=tmp_path)).handle(shelf.task("t2", [step((7, 7))]))
+    assert len(list(tmp_path.glob("*.onnx"))) == KEPT_FILES
+
+
+def test_the_task_s_seed_decides_order_and_rounding(shelf):
+    def update(seed: int) -> bytes:
+        task = shelf.task("t1", [step((1, 0.3)), step((0.4, 1))], codec="int4", seed=seed, epochs=9)
+        return decode_result(worker(shelf).handle(task)).update
+
+    assert update(1) == update(1)
+    assert len({update(seed) for seed in range(6)}) > 1
+
+
+def test_stopping_leaves_no_trace(shelf):
+    store = InMemory()
+    with pytest.raises(StoppedError):
+        worker(shelf, store, stopped=lambda: True).handle(shelf.task("t1", [step()]))
+    assert store.load().answers == {}
+
+
+def test_a_loop_device_is_the_same_worker(shelf):
+    task = shelf.task("t1", [step()])
+    device = as_loop_device(worker(None))
+    assert answer(device(task.to_bytes(), shelf.read))[1] == [-1, -2]
+    assert shelf.asked == [task.graphs[0].target, f"blobs/{task.model.sha256}"]
+    with pytest.raises(MessageError):
+        device(b"{}", shelf.read)
+
+
+def test_codecs_shrink_the_answer(shelf):
+    sizes = []
+    for codec in Codec:
+        task = Task.model_validate(
+            {**shelf.task("t1", [step()]).model_dump(by_alias=True), "codec": codec}
+        )
+        sizes.append(len(worker(shelf).handle(task)))
+    assert sizes[0] > sizes[1]

@@ -1,0 +1,309 @@
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from fleetprune.budgets import Allocation, Budget
+from fleetprune.costs import Costs
+from fleetprune.errors import ConfigError
+from fleetprune.messages import Codec
+from fleetprune_coordinator.config import load_fleet_config
+from fleetprune_coordinator.imports import import_object
+from fleetprune_coordinator.ledger import Criterion
+
+SMALL = """
+fleet = "digits"
+[model]
+factory = "models:make"
+input_shape = [1, 8, 8]
+classes = 10
+[classes.phone]
+macs_share = 0.25
+"""
+
+FULL = """
+fleet = "digits"
+state = "var"
+[broker]
+host = "broker.example"
+ca_file = "ca.pem"
+[model]
+factory = "models:make"
+arguments = { width = 16 }
+input_shape = [1, 8, 8]
+labels = ["no", "yes"]
+loss = "losses:focal"
+initial = "weights.pt"
+[data]
+test = "test.npz"
+[training]
+rounds = 30
+learning_rate = 1
+codec = "int8"
+criterion = "wanda"
+stratified = false
+[schedule]
+begin = 2
+end = 10
+initial = 0.5
+[pruning]
+channel_multiple = 4
+allocation = "global"
+[classes.phone]
+flash_bytes = 200_000
+ram_bytes = 30_000
+macs = 1_000_000
+latency_ms = 5
+[classes.sensor]
+flash_share = 0.5
+ram_share = 0.1
+macs_share = 0.25
+trains = false
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "fleet.toml"
+    path.write_text(text)
+    return path
+
+
+def refusal(folder: Path, text: str) -> str:
+    path = write(folder, text)
+    with pytest.raises(ConfigError) as caught:
+        load_fleet_config(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{path}: ")
+    return message.removeprefix(f"{path}: ")
+
+
+def test_a_small_file_has_the_defaults(tmp_path: Path) -> None:
+    config = load_fleet_config(write(tmp_path, SMALL))
+    assert config.fleet == "digits"
+    assert config.state == tmp_path / "state"
+    assert config.folder == tmp_path
+    assert config.model.outputs == 10
+    assert config.model.loss == "cross_entropy"
+    assert config.training.codec is Codec.INT4
+    assert config.training.down_codec is Codec.FP16
+    assert config.training.criterion is Criterion.TAYLOR
+    assert (config.training.rounds, config.training.remask_every) == (20, 5)
+    assert config.schedule.slack(0) == 0.0  # cut at once
+    assert config.pruning.channel_multiple == 8
+    assert config.broker.host == "127.0.0.1"
+    assert config.classes["phone"].trains
+
+
+def test_every_section_is_read(tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").touch()
+    (tmp_path / "test.npz").touch()
+    config = load_fleet_config(write(tmp_path, FULL))
+    assert config.state == tmp_path / "var"
+    assert config.broker.host == "broker.example"
+    assert config.broker.ca_file == tmp_path / "ca.pem"
+    assert config.model.arguments == {"width": 16}
+    assert config.model.labels == ("no", "yes")
+    assert config.model.outputs == 2
+    assert config.model.initial == tmp_path / "weights.pt"
+    assert config.data.test == tmp_path / "test.npz"
+    assert config.training.learning_rate == 1.0
+    assert config.training.criterion is Criterion.WANDA
+    assert not config.training.stratified
+    assert (config.schedule.begin, config.schedule.end, config.schedule.initial) == (2, 10, 0.5)
+    assert config.pruning.allocation is Allocation.GLOBAL
+    assert list(config.classes) == ["phone", "sensor"]
+    assert not config.classes["sensor"].trains
+
+
+def test_budgets_are_absolute_or_shares_of_the_dense_model(tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").touch()
+    (tmp_path / "test.npz").touch()
+    classes = load_fleet_config(write(tmp_path, FULL)).classes
+    dense = Costs(artifact_bytes=1001, macs=4003, peak_activation_bytes=1009)
+    assert classes["phone"].budget(dense) == Budget(
+        flash_bytes=200_000, ram_bytes=30_000, macs=1_000_000, latency_ms=5.0
+    )
+    assert classes["sensor"].budget(dense) == Budget(flash_bytes=500, ram_bytes=100, macs=1000)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('fleet = "digits"', "", "fleet: field required"),
+        (
+            'fleet = "digits"',
+            'fleet = "../x"',
+            "fleet: string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$', got \"../x\"",
+        ),
+        (
+            "classes = 10",
+            "classes = 10\n[training]\nlearning_rat = 0.1",
+            "training.learning_rat: unknown key, did you mean learning_rate?",
+        ),
+        (
+            "macs_share = 0.25",
+            "macs_shares = 0.25",
+            "classes.phone.macs_shares: unknown key, did you mean macs_share?",
+        ),
+        (
+            'fleet = "digits"',
+            'flet = "digits"',
+            "flet: unknown key, did you mean fleet? (and 1 more)",
+        ),
+        (
+            "classes = 10",
+            "classes = 10\n[pruning]\nxyz = 1",
+            "pruning.xyz: unknown key, expected one of allocation, channel_multiple",
+        ),
+        (
+            "classes = 10",
+            "classes = 10\n[broker]\nhots = 'a'",
+            "broker.hots: unknown key, did you mean host?",
+        ),
+        (
+            "classes = 10",
+            "classes = 10\n[schedule]\npowr = 2",
+            "schedule.powr: unknown key, did you mean power?",
+        ),
+        (
+            "classes = 10",
+            'classes = 10\n[training]\nrounds = "20"',
+            'training.rounds: input should be a valid integer, got "20"',
+        ),
+        (
+            "classes = 10",
+            "classes = 10\n[training]\nstratified = 1",
+            "training.stratified: input should be a valid boolean, got 1",
+        ),
+        (
+            "classes = 10",
+            "classes = 10\n[training]\nlearning_rate = inf",
+            "training.learning_rate: input should be a finite number, got Infinity",
+        ),
+        (
+            "classes = 10",
+            "classes = 10\n[training]\nquorum = 0",
+            "training.quorum: input should be greater than 0, got 0",
+        ),
+        (
+            "classes = 10",
+            'classes = 10\n[training]\ncodec = "int3"',
+            "training.codec: input should be 'fp32', 'fp16', 'int8' or 'int4', got \"int3\"",
+        ),
+        (
+            "classes = 10",
+            "classes = 10\n[training]\nmin_devices = 9",
+            "training: min_devices 9 is more than devices_per_round 8",
+        ),
+        (
+            "classes = 10",
+            "classes = 10\n[broker]\npassword = 12345",
+            "broker.password: input should be a valid string",
+        ),
+        (
+            "[1, 8, 8]",
+            "[1, 0, 8]",
+            "model.input_shape.1: input should be greater than or equal to 1, got 0",
+        ),
+        ("classes = 10", "", "model: give either labels or classes"),
+        ("classes = 10", 'labels = ["a", "a"]', "model: labels are not distinct"),
+        ("classes = 10", 'labels = ["a"]', "model: one label, expected at least 2"),
+        ("classes = 10", 'classes = 10\ninitial = "w.pt"', "model.initial: no file {folder}/w.pt"),
+        (
+            "classes = 10",
+            'classes = 10\n[data]\ntest = "t.npz"',
+            "data.test: no file {folder}/t.npz",
+        ),
+        (
+            "models:make",
+            "models.make",
+            "model.factory: string should match pattern "
+            "'^[A-Za-z_][\\w.]*:[A-Za-z_][\\w.]*$', got \"models.make\"",
+        ),
+        (
+            "macs_share = 0.25",
+            "macs_share = 0.25\nmacs = 5",
+            "classes.phone: give either macs or macs_share",
+        ),
+        ("macs_share = 0.25", "trains = false", "no class trains: at least one must"),
+        (
+            "classes = 10",
+            "classes = 10\n[schedule]\nbegin = 3\nend = 2",
+            "schedule begins in round 3, after its end 2",
+        ),
+        (
+            "classes = 10",
+            "classes = 10\n[schedule]\nend = 21",
+            "schedule ends in round 21, but training has 20 rounds",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    assert old in SMALL
+    got = refusal(tmp_path, SMALL.replace(old, new, 1))
+    assert got == message.replace("{folder}", str(tmp_path))
+
+
+def test_a_fleet_needs_a_class(tmp_path: Path) -> None:
+    text = SMALL.replace("[classes.phone]\nmacs_share = 0.25", "[classes]")
+    assert refusal(tmp_path, text) == (
+        "classes: dictionary should have at least 1 item after validation, not 0"
+    )
+
+
+def test_a_class_name_is_a_topic_level(tmp_path: Path) -> None:
+    text = SMALL.replace("[classes.phone]", '[classes."a/b"]')
+    assert refusal(tmp_path, text).startswith("classes.a/b: string should match pattern")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    missing = tmp_path / "none.toml"
+    with pytest.raises(ConfigError, match=rf"^{re.escape(str(missing))}: No such file"):
+        load_fleet_config(missing)
+    assert refusal(tmp_path, "fleet =").startswith("Invalid value")
+    path = tmp_path / "fleet.toml"
+    path.write_bytes(b'a = "\xff"')
+    with pytest.raises(ConfigError, match=r": byte 5 is not UTF-8$"):
+        load_fleet_config(path)
+
+
+def test_the_users_module_is_found_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "fp_models_beside.py").write_text(
+        "import fp_helper_beside\nclass Net:\n    made = fp_helper_beside.VALUE\n"
+    )
+    (tmp_path / "fp_helper_beside.py").write_text("VALUE = 7\n")
+    path = list(sys.path)
+    config = load_fleet_config(write(tmp_path, SMALL))
+    try:
+        assert config.import_object("fp_models_beside:Net.made", "model.factory") == 7
+        assert sys.path == path
+        with pytest.raises(
+            ConfigError, match=r"^model\.factory: fp_models_beside has no Nets, did you mean Net\?$"
+        ):
+            config.import_object("fp_models_beside:Nets", "model.factory")
+    finally:
+        for name in ("fp_models_beside", "fp_helper_beside"):
+            sys.modules.pop(name, None)
+
+
+def test_modules_that_cannot_be_imported(tmp_path: Path) -> None:
+    (tmp_path / "fp_broken.py").write_text("1 / 0\n")
+    (tmp_path / "fp_needs.py").write_text("import fp_not_there\n")
+    cases = {
+        "fp_no_such:make": "x: no module fp_no_such in {f} or among the installed packages",
+        "fp_broken:make": "x: fp_broken fails to import: ZeroDivisionError: division by zero",
+        "fp_needs:make": "x: fp_needs needs a module fp_not_there that is missing",
+        "json": "x: 'json', expected module:name",
+    }
+    for dotted, message in cases.items():
+        with pytest.raises(ConfigError) as caught:
+            import_object(dotted, "x", tmp_path)
+        assert str(caught.value) == message.replace("{f}", str(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"^x: no module fp_no_such among the installed packages$"
+    ):
+        import_object("fp_no_such:make", "x")

@@ -1,0 +1,195 @@
+import numpy as np
+import onnx
+import prunable_nets as nets
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from fleetprune.costs import Costs, costs
+from fleetprune.errors import GraphError
+from fleetprune_coordinator.onnx_costs import file_costs
+from fleetprune_coordinator.resize import resize
+from fleetprune_coordinator.tracing import trace
+
+
+def onnx_file(nodes, shape, weights=None, batch="n", kind=TensorProto.FLOAT):
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("x", kind, [batch, *shape])],
+        [helper.make_tensor_value_info("y", kind, None)],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in (weights or {}).items()],
+    )
+    opset = helper.make_opsetid("", 17)
+    return helper.make_model(graph, opset_imports=[opset], ir_version=8).SerializeToString()
+
+
+def node(kind, inputs, output, **attributes):
+    return helper.make_node(kind, inputs.split(), [output], **attributes)
+
+
+def ones(*shape):
+    return np.ones(shape, np.float32)
+
+
+def tiny():
+    """The same net as `prunable_nets.tiny`."""
+    nodes = [
+        node("Conv", "x w b", "c", pads=[1, 1, 1, 1]),
+        node("Relu", "c", "r"),
+        node("Flatten", "r", "f"),
+        node("Gemm", "f v a", "y", transB=1),
+    ]
+    weights = {"w": ones(2, 1, 3, 3), "b": ones(2), "v": ones(3, 32), "a": ones(3)}
+    return onnx_file(nodes, (1, 4, 4), weights)
+
+
+def test_golden_numbers():
+    model = tiny()
+    assert file_costs(model) == Costs(len(model), 288 + 96, 64 + 128)
+
+
+def test_it_is_the_analytic_figure():
+    architecture = trace(*nets.make(nets.tiny))
+    analytic, measured = costs(architecture, {"0": 2}), file_costs(tiny())
+    assert (measured.macs, measured.peak_activation_bytes) == (
+        analytic.macs,
+        analytic.peak_activation_bytes,
+    )
+
+
+@pytest.mark.parametrize("net", nets.GROUPS, ids=lambda f: f.__name__)
+def test_exported_files_cost_what_was_computed(net):
+    graphs = pytest.importorskip("fleetprune_coordinator.graphs")
+    if not hasattr(graphs, "export_infer"):
+        pytest.skip("no exporter in this installation")
+    model, example = nets.make(net)
+    architecture = trace(model, example)
+    # These export as single operators or as chains: the analytic figure is an upper bound.
+    bounded = net is nets.layer_norm_mlp
+    rng = np.random.default_rng(0)
+    dense = file_costs(graphs.export_infer(model, example).onnx)
+    overhead = dense.artifact_bytes - costs(architecture, architecture.dense).artifact_bytes
+    architecture = architecture.model_copy(update={"overhead_bytes": overhead})
+    for keep in (
+        architecture.dense,
+        dict.fromkeys(architecture.groups, 1),
+        {g: int(rng.integers(1, n + 1)) for g, n in architecture.groups.items()},
+    ):
+        small = resize(model, architecture, keep)
+        measured = file_costs(graphs.export_infer(small, example).onnx)
+        computed = costs(architecture, keep)
+        assert measured.macs == computed.macs
+        assert measured.artifact_bytes <= computed.artifact_bytes
+        assert computed.artifact_bytes - measured.artifact_bytes < 0.02 * overhead + 16
+        if bounded:
+            assert measured.peak_activation_bytes <= computed.peak_activation_bytes
+        else:
+            assert measured.peak_activation_bytes == computed.peak_activation_bytes
+
+
+def peak(nodes, shape, weights=None):
+    return file_costs(onnx_file(nodes, shape, weights)).peak_activation_bytes
+
+
+def test_elementwise_chains_stay_in_place():
+    nodes = [
+        node("Relu", "x", "a"),
+        node("Add", "a k", "b"),  # a constant operand does not need a buffer
+        node("Clip", "b", "c"),
+        node("Identity", "c", "y"),
+    ]
+    assert peak(nodes, (8,), {"k": ones(8)}) == 32
+
+
+def test_an_input_that_is_needed_later_is_not_overwritten():
+    nodes = [node("Relu", "x", "a"), node("Add", "a x", "y")]
+    assert peak(nodes, (8,)) == 3 * 32
+
+
+def test_a_view_shares_its_buffer_even_if_that_is_needed_later():
+    nodes = [
+        node("Flatten", "x", "a"),
+        node("Relu", "a", "b"),
+        node("Flatten", "x", "c"),
+        node("Add", "b c", "y"),
+    ]
+    assert peak(nodes, (8,)) == 3 * 32
+
+
+def test_a_broadcast_that_grows_needs_a_buffer():
+    nodes = [node("Add", "x k", "y")]
+    assert peak(nodes, (1,), {"k": ones(1, 8)}) == 4 + 32
+
+
+def test_constants_are_no_activations():
+    nodes = [
+        node("Mul", "k k", "kk"),
+        node("Shape", "x", "s"),
+        node("Reshape", "x s", "v"),
+        node("Mul", "v kk", "y"),
+    ]
+    assert peak(nodes, (8,), {"k": ones(8)}) == 32
+
+
+def test_matrix_products_count_every_factor():
+    assert file_costs(onnx_file([node("MatMul", "x w", "y")], (5, 4), {"w": ones(4, 3)})).macs == 60
+    transposed = [node("Flatten", "x", "f", axis=2), node("Gemm", "f w", "y", transA=1)]
+    assert file_costs(onnx_file(transposed, (4, 3), {"w": ones(4, 2)})).macs == 3 * 4 * 2
+
+
+def test_grouped_convolutions_count_their_own_inputs_only():
+    model = onnx_file([node("Conv", "x w", "y", group=4)], (4, 5), {"w": ones(4, 1, 3)})
+    assert file_costs(model).macs == 4 * 3 * 3
+
+
+def test_quantised_tensors_take_a_byte():
+    scale, zero = np.float32(0.1), np.int8(0)
+    nodes = [
+        node("QuantizeLinear", "x s z", "xq"),
+        node("DequantizeLinear", "xq s z", "xd"),
+        node("DequantizeLinear", "w s z", "wd"),
+        node("Conv", "xd wd", "c"),
+        node("Relu", "c", "r"),
+        node("QuantizeLinear", "r s z", "rq"),
+        node("DequantizeLinear", "rq s z", "y"),
+    ]
+    weights = {"s": scale, "z": zero, "w": np.ones((2, 1, 1), np.int8)}
+    measured = file_costs(onnx_file(nodes, (1, 10), weights))
+    # 40 bytes come in; 10 quantised; the convolution and all that follows is 20 bytes.
+    assert measured.peak_activation_bytes == 40 + 10
+    assert measured.macs == 20
+
+
+def fails(model, message):
+    with pytest.raises(GraphError) as caught:
+        file_costs(model)
+    assert str(caught.value) == message
+
+
+def test_errors():
+    expected = "Conv, ConvInteger, QLinearConv, Gemm, MatMul, MatMulInteger, QLinearMatMul"
+    fails(
+        onnx_file([node("ConvTranspose", "x w", "y", name="up")], (1, 4), {"w": ones(1, 1, 2)}),
+        f"onnx file: ConvTranspose 'up' is not counted, expected {expected}",
+    )
+    fails(
+        onnx_file([node("Relu", "x", "y")], ("length",)),
+        "onnx file: the shape of 'x' is not known at batch 1",
+    )
+    fails(
+        onnx_file([node("Mul", "k k", "y")], (4,), {"k": ones(4)}),
+        "onnx file: the output does not depend on the input",
+    )
+    model = onnx.load_from_string(tiny())
+    model.graph.input.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [1]))
+    fails(
+        model.SerializeToString(),
+        "onnx file: 2 inputs and 1 outputs, expected one of each",
+    )
+
+
+def test_no_part_of_a_file_passes():
+    model = tiny()
+    for length in range(len(model)):
+        with pytest.raises(GraphError):
+            file_costs(model[:length])

@@ -1,0 +1,365 @@
+import hashlib
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from fleetprune.errors import ConfigError, FleetpruneError, InstallError, RegistryError
+from fleetprune.files import write_atomic
+from fleetprune_agent.trust import FolderSource, TrustedRepository
+from fleetprune_coordinator.keys import Expiry, init_repository
+from fleetprune_coordinator.releases import KEEP_RELEASES, ReleaseContent, ReleaseRepository
+
+NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
+PHONE = ReleaseContent(onnx=b"phone model", golden=b"phone golden", input_shape=(4,))
+GATEWAY = ReleaseContent(onnx=b"gateway model", golden=b"gateway golden", input_shape=(4,))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+class KilledError(Exception):
+    """The process is gone."""
+
+
+class DyingWriter:
+    """Writes `survives` files, then dies: before the next is written, or right after it."""
+
+    def __init__(self, survives: int, after: bool) -> None:
+        self.left, self.after = survives, after
+
+    def __call__(self, path: Path, data: bytes) -> None:
+        if self.left <= 0:
+            if self.after:
+                write_atomic(path, data)
+            raise KilledError
+        self.left -= 1
+        write_atomic(path, data)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    init_repository(tmp_path / "releases", NOW)
+    return tmp_path / "releases"
+
+
+@pytest.fixture
+def repository(folder: Path, clock: Clock) -> ReleaseRepository:
+    return ReleaseRepository(folder, clock)
+
+
+@pytest.fixture
+def device(tmp_path: Path, folder: Path, repository: ReleaseRepository, clock: Clock):
+    source = FolderSource(folder / "public")
+    return TrustedRepository(tmp_path / "trust", repository.root(), source, clock)
+
+
+def test_init_makes_keys_and_metadata(folder):
+    files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    assert files == [
+        "keys/root.pem",
+        "keys/snapshot.pem",
+        "keys/targets.pem",
+        "keys/timestamp.pem",
+        "public/metadata/1.root.json",
+        "public/metadata/1.snapshot.json",
+        "public/metadata/1.targets.json",
+        "public/metadata/timestamp.json",
+    ]
+    assert (folder / "keys").stat().st_mode & 0o777 == 0o700
+    assert {p.stat().st_mode & 0o777 for p in (folder / "keys").iterdir()} == {0o600}
+
+
+def test_init_never_overwrites_keys(folder):
+    before = (folder / "keys" / "root.pem").read_bytes()
+    with pytest.raises(ConfigError) as e:
+        init_repository(folder, NOW)
+    assert str(e.value) == (
+        f"{folder} already holds keys or files, expected a new or empty folder: "
+        "keys are never overwritten"
+    )
+    assert (folder / "keys" / "root.pem").read_bytes() == before
+
+
+def test_init_accepts_an_empty_folder(tmp_path, clock):
+    (tmp_path / "empty").mkdir()
+    init_repository(tmp_path / "empty", NOW)
+    assert ReleaseRepository(tmp_path / "empty", clock).latest_release() == 0
+
+
+@pytest.mark.parametrize("survives", range(8))
+def test_init_leaves_nothing_half_made(tmp_path, monkeypatch, survives):
+    dying = DyingWriter(survives, after=False)
+    monkeypatch.setattr(
+        "fleetprune_coordinator.keys.write_atomic", lambda path, data, mode=0: dying(path, data)
+    )
+    with pytest.raises(KilledError):
+        init_repository(tmp_path / "releases", NOW)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_installs_what_was_published(repository, device, tmp_path):
+    manifests = repository.publish_release(1, {"phone": PHONE, "gateway": GATEWAY})
+    device.refresh()
+    for name, content in (("phone", PHONE), ("gateway", GATEWAY)):
+        manifest = device.manifest(name)
+        assert manifest == manifests[name] == repository.manifest(name)
+        assert device.target(manifest.model, tmp_path / "m").read_bytes() == content.onnx
+        assert device.target(manifest.golden, tmp_path / "g").read_bytes() == content.golden
+
+
+def test_manifest_fields(repository):
+    content = replace(PHONE, labels=("walk", "run"), macs=12, accuracy=0.5, max_latency_ms=3.0)
+    manifest = repository.publish_release(7, {"phone": content})["phone"]
+    assert manifest.model_dump() == {
+        "schema_": 1,
+        "release": 7,
+        "device_class": "phone",
+        "model": "releases/phone/7/model.onnx",
+        "sha256": hashlib.sha256(b"phone model").hexdigest(),
+        "size": 11,
+        "golden": "releases/phone/7/golden.npz",
+        "tolerance": 1e-3,
+        "max_latency_ms": 3.0,
+        "labels": ("walk", "run"),
+        "input_shape": (4,),
+        "macs": 12,
+        "peak_activation_bytes": 0,
+        "accuracy": 0.5,
+        "round": 0,
+        "mask_version": 0,
+    }
+
+
+def test_a_class_that_is_not_released_keeps_what_it_has(repository, device):
+    repository.publish_release(1, {"phone": PHONE, "gateway": GATEWAY})
+    repository.publish_release(2, {"phone": PHONE})
+    device.refresh()
+    assert device.manifest("phone").release == 2
+    assert device.manifest("gateway").release == 1
+
+
+def test_release_numbers_only_rise(repository):
+    repository.publish_release(3, {"phone": PHONE})
+    for old in (3, 2):
+        with pytest.raises(RegistryError) as e:
+            repository.publish_release(old, {"gateway": GATEWAY})
+        assert str(e.value) == (
+            f"release {old} is not new, expected more than 3: "
+            "to go back, publish the old model under a new number"
+        )
+    assert repository.latest_release() == 3
+
+
+def test_a_release_needs_models(repository):
+    with pytest.raises(RegistryError, match=r"^release 1 has no models, expected at least one"):
+        repository.publish_release(1, {})
+
+
+def test_a_graph_is_published_once(repository, device, tmp_path):
+    graph = repository.publish_graph(b"graph")
+    before = repository.read("metadata/timestamp.json")
+    assert repository.publish_graph(b"graph") == graph
+    assert repository.read("metadata/timestamp.json") == before
+    digest = hashlib.sha256(b"graph").hexdigest()
+    assert (graph.target, graph.sha256) == (f"graphs/{digest}.onnx", digest)
+    assert device.target(graph.target, tmp_path / "graph").read_bytes() == b"graph"
+
+
+def test_old_releases_are_dropped_from_the_list_and_the_disk(repository, folder, device):
+    repository.publish_release(1, {"gateway": GATEWAY})
+    repository.publish_graph(b"graph")
+    for release in range(2, KEEP_RELEASES + 4):
+        repository.publish_release(release, {"phone": PHONE})
+    kept = sorted(int(p.name) for p in (folder / "public/targets/releases/phone").iterdir())
+    full = [n for n in kept if any((folder / f"public/targets/releases/phone/{n}").iterdir())]
+    assert full == list(range(4, KEEP_RELEASES + 4))
+    device.refresh()
+    assert device.manifest("phone").release == KEEP_RELEASES + 3
+    assert device.manifest("gateway").release == 1
+    metadata = sorted(p.name for p in (folder / "public/metadata").glob("*.targets.json"))
+    assert len(metadata) == 8
+
+
+def publications(repository: ReleaseRepository) -> None:
+    repository.publish_release(2, {"phone": replace(PHONE, onnx=b"new"), "gateway": GATEWAY})
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("survives", range(9))
+def test_killed_at_every_write(folder, clock, device, tmp_path, survives, after):
+    """6 target files, then targets, snapshot and timestamp: only the last write publishes."""
+    ReleaseRepository(folder, clock).publish_release(1, {"phone": PHONE})
+    device.refresh()
+    with pytest.raises(KilledError):
+        publications(ReleaseRepository(folder, clock, write=DyingWriter(survives, after)))
+    published = after and survives == 8
+
+    device.refresh()
+    manifest = device.manifest("phone")
+    assert manifest.release == (2 if published else 1)
+    device.target(manifest.model, tmp_path / "model")
+
+    reopened = ReleaseRepository(folder, clock)
+    assert reopened.latest_release() == (2 if published else 1)
+    if not published:
+        publications(reopened)
+    device.refresh()
+    assert device.target(device.manifest("phone").model, tmp_path / "m").read_bytes() == b"new"
+
+
+def test_nothing_is_left_to_write_after_the_ninth(folder, clock):
+    """Shows that the test above covers all writes."""
+    ReleaseRepository(folder, clock).publish_release(1, {"phone": PHONE})
+    publications(ReleaseRepository(folder, clock, write=DyingWriter(9, after=False)))
+
+
+def test_a_failed_publication_is_forgotten_by_the_same_object(folder, clock, device):
+    writer = DyingWriter(7, after=True)
+    repository = ReleaseRepository(folder, clock, write=writer)
+    with pytest.raises(KilledError):
+        publications(repository)
+    writer.left = 100
+    publications(repository)
+    device.refresh()
+    assert device.manifest("phone").release == 2
+
+
+def test_a_full_disk_publishes_nothing(folder, clock, device):
+    def full(path: Path, data: bytes) -> None:
+        raise InstallError(f"disk full: cannot write {path}, 0 bytes free")
+
+    with pytest.raises(InstallError, match="^disk full: cannot write "):
+        ReleaseRepository(folder, clock, write=full).publish_graph(b"graph")
+    device.refresh()
+
+
+def test_refresh_renews_only_what_is_half_expired(repository, folder, clock, device):
+    repository.publish_release(1, {"phone": PHONE})
+    assert repository.refresh_timestamp() is False
+    clock.now = NOW + timedelta(hours=13)
+    assert repository.refresh_timestamp() is True
+    assert repository.refresh_timestamp() is False
+    device.refresh()
+    versions = sorted(p.name for p in (folder / "public/metadata").iterdir())
+    assert "3.targets.json" not in versions
+
+
+def test_a_fleet_without_releases_lives_on_for_years(repository, clock, device):
+    """Refreshed every 12 h; snapshot, targets and root are renewed on the way."""
+    repository.publish_release(1, {"phone": PHONE})
+    for half_days in range(1, 2 * 800, 7):
+        clock.now = NOW + timedelta(hours=12 * half_days)
+        repository.refresh_timestamp()
+        device.refresh()
+    assert device.manifest("phone").release == 1
+    assert repository.read("metadata/4.root.json") is not None
+
+
+def test_a_root_key_may_be_moved_away(folder, clock):
+    (folder / "keys" / "root.pem").unlink()
+    repository = ReleaseRepository(folder, clock)
+    repository.publish_release(1, {"phone": PHONE})
+    clock.now = NOW + timedelta(days=200)
+    assert repository.refresh_timestamp() is True
+    assert repository.read("metadata/2.root.json") is None
+
+
+def test_expiry_is_configurable(tmp_path, clock):
+    expiry = Expiry(timestamp=timedelta(hours=2))
+    init_repository(tmp_path / "r", NOW, expiry)
+    repository = ReleaseRepository(tmp_path / "r", clock, expiry)
+    clock.now = NOW + timedelta(minutes=61)
+    assert repository.refresh_timestamp() is True
+
+
+def test_opening_what_is_no_repository(tmp_path, clock):
+    with pytest.raises(ConfigError) as e:
+        ReleaseRepository(tmp_path, clock)
+    assert str(e.value) == (
+        f"no release repository in {tmp_path}: {tmp_path}/keys/root.pem is missing"
+    )
+
+
+def test_a_foreign_key_is_refused(folder, tmp_path, clock):
+    init_repository(tmp_path / "other", NOW)
+    (tmp_path / "other/keys/targets.pem").replace(folder / "keys/targets.pem")
+    with pytest.raises(ConfigError) as e:
+        ReleaseRepository(folder, clock)
+    assert str(e.value) == "keys/targets.pem is not the targets key that root.json names"
+
+
+def test_an_unreadable_key_is_refused(folder, clock):
+    (folder / "keys/targets.pem").write_text("nonsense")
+    with pytest.raises(ConfigError, match=r"^cannot read the private key .*/keys/targets.pem: "):
+        ReleaseRepository(folder, clock)
+
+
+def test_damaged_metadata_is_named(folder, clock):
+    (folder / "public/metadata/timestamp.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"^cannot read the release metadata .*/timestamp.json: "):
+        ReleaseRepository(folder, clock)
+
+
+def test_public_names_are_served(repository, folder):
+    path = repository.path("metadata/timestamp.json")
+    assert path == folder / "public/metadata/timestamp.json"
+    assert repository.read("metadata/1.root.json") == repository.root()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "metadata",
+        "metadata/",
+        "metadata/absent.json",
+        "../keys/root.pem",
+        "metadata/../../keys/root.pem",
+        "metadata/..",
+        "targets/../metadata/timestamp.json",
+        "/metadata/timestamp.json",
+        "metadata//timestamp.json",
+        "metadata\\timestamp.json",
+        "metadata/timestamp.json\n",
+        "metadata/timestamp.json\0",
+        "metadata/.timestamp.json.tmp",
+        "keys/root.pem",
+        "targets/link",
+    ],
+)
+def test_no_other_name_is_served(repository, folder, name):
+    (folder / "public/targets/link").symlink_to(folder / "keys/root.pem")
+    (folder / "public/metadata/.timestamp.json.tmp").write_bytes(b"half")
+    assert repository.path(name) is None
+    assert repository.read(name) is None
+
+
+@pytest.mark.parametrize("path", ["../x", "/x", "", "a//b", "a/.b", "a" * 257])
+def test_unacceptable_target_paths(repository, path):
+    with pytest.raises(RegistryError) as e:
+        repository.publish({path: b""})
+    assert str(e.value) == (
+        f"target path {path!r} is not acceptable, expected at most 256 "
+        "characters in parts of letters, digits, '.', '_' and '-'"
+    )
+
+
+def test_all_errors_are_ours(tmp_path, clock):
+    for make in (
+        lambda: init_repository(Path("/proc/none/x"), NOW),
+        lambda: ReleaseRepository(tmp_path, clock),
+    ):
+        with pytest.raises(FleetpruneError):
+            make()
