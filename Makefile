@@ -37,7 +37,7 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "make: $(PYTHON) is older than Python 3.11; say which one: make PYTHON=..."; exit 1; }
 	@echo 'making .venv'
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 # The tools for development include all that the demo needs.
 .venv/.demo: pyproject.toml | .venv/bin/python

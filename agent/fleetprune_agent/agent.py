@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Final
+from typing import Final, Literal, cast
 
 from fleetprune.errors import FleetpruneError, MessageError
 from fleetprune.messages import Announcement, Enrol, Enrolled, Progress, Task, TaskAck
@@ -284,7 +284,7 @@ class Agent:
                 agent_version=_version(),
                 trains=config.trains and self._split.train.y is not None,
                 samples=len(self._split.train),
-                block=probe_block(),
+                block=cast(Literal[0, 8, 16], probe_block()),
                 rss_mb=round(rss_mb(), 1),
             ).to_bytes(),
         )

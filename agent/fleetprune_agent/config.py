@@ -135,7 +135,8 @@ def _line(error: Any) -> str:
     # Pydantic puts the kind of data between `data` and the key; the file has no such level.
     key = ".".join((loc[0], *loc[2:]) if loc[:1] == ("data",) and len(loc) > 2 else loc)
     if error["type"] not in _UNKNOWN:
-        got = "" if error["type"] == "missing" else f" (got {error['input']!r})"
+        hide = error["type"] == "missing" or "password" in key
+        got = "" if hide else f" (got {error['input']!r})"
         return f"{key}: {error['msg']}{got}"
     section = AgentConfig if len(loc) == 1 else _SECTIONS.get(loc[-2], AgentConfig)
     known = list(section.__annotations__)

@@ -60,7 +60,7 @@ class Duties:
                 log.info("task %s is past its deadline and dropped", task.task)
             else:
                 answer = self.worker.handle(task)
-                self.deliver(Kind.RESULT, task.task, answer)
+                self.deliver(Kind.RESULT, f"results/{task.task}", answer)
                 log.info("task %s is answered with %d bytes", task.task, len(answer))
         except StoppedError:
             return True  # the agent ends; the task is in the inbox

@@ -23,7 +23,8 @@ from fleetprune.errors import GraphError, InstallError, TrustError
 from fleetprune.files import free_bytes
 from fleetprune.messages import Manifest
 from fleetprune_agent.serving import Model, load_model
-from fleetprune_agent.slots import GOLDEN, MAX_STARTS, MODEL, Slots
+from fleetprune_agent.slot_files import GOLDEN, MODEL
+from fleetprune_agent.slots import MAX_STARTS, Slots
 from fleetprune_agent.trust import TrustedRepository
 
 MAX_GOLDEN = 64 * 1024 * 1024  # bytes of golden samples once unpacked

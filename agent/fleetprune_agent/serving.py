@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from fleetprune.errors import DataError, GraphError, InstallError
 from fleetprune.messages import Manifest
-from fleetprune_agent.slots import Installed, Slots, State
+from fleetprune_agent.slot_files import Installed, State
+from fleetprune_agent.slots import Slots
 
 COMMIT_AFTER = 3  # good predictions, at least one sample each, that commit a release on trial
 
@@ -169,7 +170,7 @@ class Predictor:
     def _fall_back(self, failed: Installed, e: GraphError) -> _Serving:
         """Roll back and load the other slot; works in memory even where the disk is full."""
         try:
-            other = self._slots.rollback(str(e))
+            other = self._slots.rollback(str(e), release=failed.release)
         except InstallError:
             other = self._slots.fallback(failed)
         if other is None:
@@ -187,7 +188,7 @@ class Predictor:
         serving.good += 1
         if serving.installed.state is State.TRIAL and serving.good >= self._commit_after:
             with suppress(InstallError):  # a disk that is full now must not cost an answer
-                self._slots.commit()
+                self._slots.commit(serving.installed.release)
 
 
 def _checked(x: NDArray[np.float32], manifest: Manifest) -> NDArray[np.float32]:

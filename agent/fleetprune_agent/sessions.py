@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fleetprune.errors import GraphError, TrustError
 from fleetprune.files import write_atomic
-from fleetprune.graphmeta import METADATA_KEY, GraphMeta, parse_graph_meta
+from fleetprune.graphmeta import GraphMeta
 from fleetprune.messages import GraphRef
 
 Arrays = dict[str, NDArray[Any]]
@@ -100,7 +100,7 @@ class Graphs:
                 raise GraphError(why)
             data = self._bytes(ref, fetch)
             try:
-                ready = self._load(ref, data)
+                ready = self._load(ref.sha256, data)
             except GraphError as e:
                 self._refused[ref.sha256] = str(e)
                 raise
@@ -114,17 +114,15 @@ class Graphs:
         """Drop all sessions; files and verdicts stay."""
         self._ready.clear()
 
-    def _load(self, ref: GraphRef, onnx: bytes) -> Graph:
-        from fleetprune_agent.runtime import training_session, verify  # noqa: PLC0415  (onnxruntime)
+    def _load(self, sha256: str, onnx: bytes) -> Graph:
+        # Imported here: it loads onnxruntime, which an agent without work does not need.
+        from fleetprune_agent.runtime import session_meta, training_session, verify  # noqa: PLC0415
 
         session = training_session(onnx, threads=self._threads)
-        text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-        if text is None:
-            raise GraphError(f"{ref.target}: no {METADATA_KEY} metadata in the graph")
-        meta = parse_graph_meta(text)
-        if ref.sha256 not in self._verified:
+        meta = session_meta(session)
+        if sha256 not in self._verified:
             verify(session, meta)
-            self._verified.add(ref.sha256)
+            self._verified.add(sha256)
         return Graph(session, meta)
 
     def _bytes(self, ref: GraphRef, fetch: Callable[[GraphRef], bytes]) -> bytes:

@@ -18,81 +18,32 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import cast
 
-from pydantic import Field
+from fleetprune.errors import InstallError
+from fleetprune.files import make_folder, sha256_of, storage_errors, sync_file, write_atomic
+from fleetprune.messages import Manifest
+from fleetprune_agent.slot_files import (
+    GOLDEN,
+    MODEL,
+    RECORD,
+    STAGING,
+    Installed,
+    Pointer,
+    Record,
+    Rejected,
+    SlotName,
+    Staging,
+    State,
+    read_message,
+    read_whole,
+    wipe,
+)
 
-from fleetprune.errors import InstallError, MessageError
-from fleetprune.files import sha256_of, storage_errors, sync_file, sync_folder, write_atomic
-from fleetprune.messages import Manifest, Message, Sha256
-
-MODEL = "model.onnx"
-GOLDEN = "golden.npz"
 MAX_STARTS = 3  # starts of a release on trial, and attempts at its health check
 MAX_REJECTED = 32  # remembered; the oldest are forgotten first
-_RECORD = "slot.json"
-_STAGING = "staging.json"
-
-SlotName = Literal["a", "b"]
-
-
-class State(StrEnum):
-    """How far the active release has got."""
-
-    TRIAL = "trial"
-    COMMITTED = "committed"
-
-
-class Pointer(Message):
-    """Content of active.json."""
-
-    slot: SlotName
-    release: int = Field(ge=1)
-    state: State
-    attempts: int = Field(default=0, ge=0)
-    """Starts while on trial."""
-    previous: SlotName | None = None
-    """The slot that ran before and is still whole."""
-
-
-class _Record(Message):
-    manifest: Manifest
-    files: dict[str, Sha256]
-    proven: bool = False
-    """Was committed once."""
-
-
-class _Staging(Message):
-    manifest: Manifest
-    checks: int = Field(default=0, ge=0)
-
-
-class _Rejected(Message):
-    releases: dict[int, str] = Field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Installed:
-    """A whole slot: its files were just compared with their recorded hashes."""
-
-    slot: SlotName
-    folder: Path
-    manifest: Manifest
-    state: State
-    proven: bool
-
-    @property
-    def release(self) -> int:
-        """Release number."""
-        return self.manifest.release
-
-    @property
-    def model(self) -> Path:
-        """The ONNX file."""
-        return self.folder / MODEL
 
 
 class Slots:
@@ -104,10 +55,8 @@ class Slots:
         self._pointer = self.folder / "active.json"
         self._thread_lock = threading.RLock()
         self._lock_file: int | None = None
-        with storage_errors("make", self.folder):
-            for name in ("a", "b"):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-            sync_folder(self.folder)
+        for name in ("a", "b"):
+            make_folder(self.folder / name)
 
     def active(self) -> Installed | None:
         """The release to run; None: nothing is installed yet.
@@ -166,17 +115,17 @@ class Slots:
                 active = self._step_back(active) or active
             folder = self.folder / self._idle(active)
             self._forget_previous(folder.name)
-            staging = _Staging(manifest=manifest)
-            found = _read(folder / _STAGING, _Staging)
+            staging = Staging(manifest=manifest)
+            found = read_message(folder / STAGING, Staging)
             if found is None or found.manifest != manifest:
-                _wipe(folder)
-                write_atomic(folder / _STAGING, staging.to_bytes())
+                wipe(folder)
+                write_atomic(folder / STAGING, staging.to_bytes())
             return folder
 
     def unstage(self) -> None:
         """Empty the idle slot and give its space back; needs none itself."""
         with self._locked():
-            _wipe(self.folder / self._idle(self.active()))
+            wipe(self.folder / self._idle(self.active()))
 
     def begin_check(self, manifest: Manifest) -> int:
         """Count an attempt at the health check of the staged release, before it is made.
@@ -186,10 +135,10 @@ class Slots:
             process that tries it.
         """
         with self._locked():
-            path = self._staged(manifest) / _STAGING
-            staging = _read(path, _Staging)
+            path = self._staged(manifest) / STAGING
+            staging = read_message(path, Staging)
             checks = 1 if staging is None else staging.checks + 1
-            write_atomic(path, _Staging(manifest=manifest, checks=checks).to_bytes())
+            write_atomic(path, Staging(manifest=manifest, checks=checks).to_bytes())
             return checks
 
     def switch(self, manifest: Manifest) -> Installed:
@@ -209,35 +158,47 @@ class Slots:
                     )
                 for name in files:
                     sync_file(folder / name)
-            write_atomic(folder / _RECORD, _Record(manifest=manifest, files=files).to_bytes())
+            write_atomic(folder / RECORD, Record(manifest=manifest, files=files).to_bytes())
             found = self._whole(cast(SlotName, folder.name), State.TRIAL)
             if found is None:
                 raise InstallError(f"{folder} changed while it was sealed")
             self._point(found, previous=None if before is None else before.slot)
             with storage_errors("clean", folder):
-                (folder / _STAGING).unlink(missing_ok=True)
+                (folder / STAGING).unlink(missing_ok=True)
             return found
 
-    def commit(self) -> None:
-        """The active release works on real data; does nothing if that was known."""
+    def commit(self, release: int | None = None) -> None:
+        """The active release works on real data; does nothing if that was known.
+
+        Args:
+            release: The release that worked; nothing is done if another one became active
+                meanwhile. None: whichever is active.
+        """
         with self._locked():
             pointer, found = self._read_pointer(), self.active()
             if pointer is None or found is None or found.slot != pointer.slot:
                 return
+            if release not in (None, found.release):
+                return
             if not found.proven:
-                record = _read(found.folder / _RECORD, _Record)
+                record = read_message(found.folder / RECORD, Record)
                 if record is None:
-                    raise InstallError(f"{found.folder / _RECORD} cannot be read")
+                    raise InstallError(f"{found.folder / RECORD} cannot be read")
                 proven = record.model_copy(update={"proven": True})
-                write_atomic(found.folder / _RECORD, proven.to_bytes())
+                write_atomic(found.folder / RECORD, proven.to_bytes())
             if pointer.state is not State.COMMITTED:
                 self._write_pointer(
                     pointer.model_copy(update={"state": State.COMMITTED, "attempts": 0})
                 )
             self._write_rejected({k: v for k, v in self.rejected().items() if k != found.release})
 
-    def rollback(self, reason: str) -> Installed | None:
+    def rollback(self, reason: str, release: int | None = None) -> Installed | None:
         """The active release failed: remember that, and go back to the other slot.
+
+        Args:
+            reason: Why; shortened to one line.
+            release: The release that failed; if another one became active meanwhile, that one
+                stays and is returned. None: whichever is active.
 
         Returns:
             What runs now; None: there is nothing to go back to, the release stays.
@@ -247,8 +208,8 @@ class Slots:
         """
         with self._locked():
             active = self.active()
-            if active is None:
-                return None
+            if active is None or release not in (None, active.release):
+                return active
             with suppress(InstallError):  # on a full disk, going back matters more than the note
                 self.reject(active.release, reason)
             return self._step_back(active)
@@ -273,7 +234,7 @@ class Slots:
 
     def rejected(self) -> dict[int, str]:
         """Releases that failed here, and why."""
-        found = _read(self.folder / "rejected.json", _Rejected)
+        found = read_message(self.folder / "rejected.json", Rejected)
         return {} if found is None else found.releases
 
     def reclaimable(self) -> int:
@@ -298,14 +259,7 @@ class Slots:
         return found.release not in self.rejected(), found.release
 
     def _whole(self, slot: SlotName, state: State) -> Installed | None:
-        folder = self.folder / slot
-        record = _read(folder / _RECORD, _Record)
-        if record is None or set(record.files) != {MODEL, GOLDEN}:
-            return None
-        with suppress(OSError):
-            if all(sha256_of(folder / name) == sha for name, sha in record.files.items()):
-                return Installed(slot, folder, record.manifest, state, record.proven)
-        return None
+        return read_whole(self.folder / slot, slot, state)
 
     def _step_back(self, active: Installed) -> Installed | None:
         other = self.fallback(active)
@@ -318,7 +272,7 @@ class Slots:
 
     def _staged(self, manifest: Manifest) -> Path:
         folder = self.folder / self._idle(self.active())
-        staging = _read(folder / _STAGING, _Staging)
+        staging = read_message(folder / STAGING, Staging)
         if staging is None or staging.manifest != manifest:
             raise InstallError(f"release {manifest.release} is not staged in {folder}")
         return folder
@@ -339,10 +293,10 @@ class Slots:
     def _write_rejected(self, releases: dict[int, str]) -> None:
         newest = dict(sorted(releases.items())[-MAX_REJECTED:])
         if newest != self.rejected():
-            write_atomic(self.folder / "rejected.json", _Rejected(releases=newest).to_bytes())
+            write_atomic(self.folder / "rejected.json", Rejected(releases=newest).to_bytes())
 
     def _read_pointer(self) -> Pointer | None:
-        return _read(self._pointer, Pointer)
+        return read_message(self._pointer, Pointer)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -362,26 +316,5 @@ class Slots:
                 self._lock_file = None
 
 
-M = TypeVar("M", bound=Message)
-
-
-def _read(path: Path, kind: type[M]) -> M | None:
-    """A small file of ours; None where it is missing or damaged."""
-    try:
-        return kind.from_bytes(path.read_bytes())
-    except (OSError, MessageError):
-        return None
-
-
 def _other(slot: SlotName) -> SlotName:
     return "b" if slot == "a" else "a"
-
-
-def _wipe(folder: Path) -> None:
-    """Empty a slot, its record first, so that it stops counting before it stops being whole."""
-    with storage_errors("clean", folder):
-        (folder / _RECORD).unlink(missing_ok=True)
-        sync_folder(folder)
-        for path in folder.iterdir():
-            path.unlink()
-        sync_folder(folder)

@@ -28,7 +28,15 @@ from tuf.ngclient.updater import TargetFile, Updater  # type: ignore[attr-define
 
 from fleetprune.blocks import NotFoundError
 from fleetprune.errors import HostileInputError, MessageError, TransportError, TrustError
-from fleetprune.files import CHUNK, sha256_of, storage_errors, sync_file, sync_folder, write_atomic
+from fleetprune.files import (
+    CHUNK,
+    make_folder,
+    sha256_of,
+    storage_errors,
+    sync_file,
+    sync_folder,
+    write_atomic,
+)
 from fleetprune.messages import MAX_MESSAGE, Manifest
 
 MAX_MANIFEST = MAX_MESSAGE // 2  # bytes; a slot's record holds the manifest and must fit a message
@@ -174,7 +182,7 @@ class TrustedRepository:
         self._updater = None
         moment = self._now()
         with storage_errors("store metadata in", self._dir), _tuf_errors(moment):
-            self._dir.mkdir(parents=True, exist_ok=True)
+            make_folder(self._dir)
             updater = _DurableUpdater(
                 str(self._dir), "metadata", fetcher=_Fetcher(self._source), bootstrap=self._root
             )

@@ -24,6 +24,7 @@ from fleetprune_agent.memory import rss_mb
 from fleetprune_agent.observer import observe
 from fleetprune_agent.sessions import Graph, Graphs, require_finite
 from fleetprune_agent.trainer import never, train
+from fleetprune_agent.trust import SignedFile
 
 
 class TaskSource(Protocol):
@@ -162,7 +163,7 @@ class Worker:
         if meta.kind != kind or not meta.batch:
             raise GraphError(f"{ref.target} is a graph of kind {meta.kind}, expected {kind}")
         y = meta.verification.y
-        self.samples.expect(tuple(meta.verification.x.shape[1:]), None if y is None else y.high)
+        self.samples.expect(tuple(meta.verification.x.shape[1:]), (y.high or None) if y else None)
         return graph
 
     def _payload(self, task: Task, source: TaskSource, graph: Graph) -> ModelPayload:
@@ -279,7 +280,7 @@ class _ReadSource:
         self._read = read
 
     def graph(self, ref: GraphRef) -> bytes:
-        return self._read(ref.target)
+        return self._read(SignedFile(ref.target, 0, ref.sha256).blob)
 
     def model(self, blob: Blob) -> bytes:
         return self._read(f"blobs/{blob.sha256}")
@@ -288,7 +289,8 @@ class _ReadSource:
 def as_loop_device(worker: Worker) -> Callable[[bytes, Callable[[str], bytes]], bytes]:
     """A simulated device: a function from a task's JSON and a reader of blobs to its answer.
 
-    The reader is asked for graphs by `GraphRef.target` and for models by `blobs/<sha256>`. What
+    The reader is asked for what a real device asks its coordinator for: graphs by their name in
+    the release repository, `targets/<folder>/<sha256>.<file>`, and models by `blobs/<sha256>`. What
     `Worker.handle` raises is raised.
     """
 

@@ -11,7 +11,7 @@ import os
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -185,13 +185,7 @@ class BlockServer:
         part = self._part(device, put)
         part.write(put.index, put.data)
         if not part.complete:
-            return Stored(
-                put.transfer,
-                StoreState.RECEIVING,
-                put.sha256,
-                frozenset(part.have),
-                count_blocks(put.size, put.block_size),
-            ).encode()
+            return _progress(put, part.have, part.edition)
         return self._complete(device, put, part)
 
     def _complete(self, device: str, put: Put, part: PartFile) -> bytes | None:
@@ -200,10 +194,7 @@ class BlockServer:
             # The spool went bad, for the CRC of every block was right: begin again.
             self._spools.pop(part.path, None)
             log.warning("%s of %s did not have its SHA-256 and is fetched again", put.name, device)
-            count = count_blocks(put.size, put.block_size)
-            return Stored(
-                put.transfer, StoreState.RECEIVING, put.sha256, frozenset(), count
-            ).encode()
+            return _progress(put, (), part.edition ^ 1)
         try:
             self._store(device, put.name, data)
         except (RefusedError, HostileInputError) as e:
@@ -233,6 +224,18 @@ class BlockServer:
         if len(self._spools) > OPEN_SPOOLS:
             self._spools.popitem(last=False)[1].close()
         return part
+
+
+def _progress(put: Put, have: Iterable[int], edition: int) -> bytes:
+    count = count_blocks(put.size, put.block_size)
+    return Stored(
+        put.transfer,
+        StoreState.RECEIVING,
+        put.sha256,
+        frozenset(have),
+        count,
+        edition=edition,
+    ).encode()
 
 
 def _answer(put: Put, state: StoreState, reason: str = "") -> bytes:

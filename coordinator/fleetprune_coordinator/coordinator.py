@@ -1,6 +1,7 @@
 """One fleet's coordinator, whatever carries its messages: train, extract, check, release."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fleetprune.errors import ConfigError, TraceError
-from fleetprune.graphmeta import reference_batch
+from fleetprune.graphmeta import noise
 from fleetprune.layout import Architecture
 from fleetprune.messages import Manifest
 from fleetprune_coordinator.artifacts import Artifact, accuracy, build
@@ -178,8 +179,11 @@ class Coordinator:
 
     def _golden(self) -> NDArray[np.float32]:
         if self.test is not None:
-            return self.test.x[:GOLDEN_SAMPLES]
-        return reference_batch((GOLDEN_SAMPLES, *self.config.model.input_shape))
+            x: NDArray[np.float32] = self.test.x[:GOLDEN_SAMPLES]
+            return x
+        shape = (GOLDEN_SAMPLES, *self.config.model.input_shape)
+        unit = math.sqrt(3) * noise(math.prod(shape), seed=1)  # variance 1, as after scaling
+        return unit.astype(np.float32).reshape(shape)
 
 
 def load_model(config: FleetConfig) -> nn.Module:

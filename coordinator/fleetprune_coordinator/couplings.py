@@ -115,7 +115,9 @@ class Couplings:
             return  # a stand-in for an operator without weights
         path = self._paths[target]
         if isinstance(target, nn.LayerNorm) and target.weight is None:
-            raise TraceError(f"{describe(path, target)} has no weights, expected elementwise_affine=True")
+            raise TraceError(
+                f"{describe(path, target)} has no weights, expected elementwise_affine=True"
+            )
         tensors = dict(target.named_parameters(recurse=False)) | dict(
             target.named_buffers(recurse=False)
         )

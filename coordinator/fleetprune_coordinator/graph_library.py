@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fleetprune.layout import Architecture, KeepCounts, axis_indices
+from fleetprune.layout import Architecture, KeepCounts, Role, axis_indices
 from fleetprune.messages import GraphRef
 from fleetprune_coordinator.graphs import (
     GateMember,
@@ -75,7 +75,7 @@ def student_index(
 ) -> dict[str, tuple[slice | list[int], ...]]:
     """Per parameter, the part of the `wide` model's tensor that the `keep` model has."""
     index: dict[str, tuple[slice | list[int], ...]] = {}
-    for spec in architecture.tensors:
+    for spec in architecture.role(Role.PARAMETER):
         parts: list[slice | list[int]] = []
         for axis in spec.axes:
             chosen = axis_indices(axis, wide, keep)

@@ -8,8 +8,7 @@ their input. Everything else writes to a buffer of its own.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fleetprune.errors import TraceError
 from fleetprune.layout import Activation, Architecture, KeepCounts
@@ -48,7 +47,7 @@ def memory(recording: Recording) -> Memory:
 
     for i, op in enumerate(operators):
         source = buffer_of[op.inputs[0]]
-        in_place = op.kind is Kind.ELEMENTWISE or (op.kind is Kind.NORM and op.layer in folded)
+        in_place = op.kind is Kind.ELEMENTWISE or i in folded
         shares = op.kind is Kind.VIEW or (in_place and free_after(source, i))
         for value in op.outputs:
             if not shares:
@@ -77,15 +76,15 @@ def _probes(groups: Mapping[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def activations(
-    model: nn.Module, architecture: Architecture, dense: Recording, dtype: torch.dtype
+    model: nn.Module, architecture: Architecture, dense: Recording, example: Tensor
 ) -> tuple[tuple[Activation, ...], tuple[tuple[int, ...], ...]]:
     """Each buffer's bytes as a linear function of the keep counts, and which are live when.
 
     Args:
-        model: The dense model, on shapes alone.
-        architecture: Its groups, tensors and input shape.
+        model: The dense model, in evaluation mode.
+        architecture: Its groups and tensors.
         dense: The dense model's recording.
-        dtype: The input's.
+        example: (1, ...) its input.
 
     Returns:
         `Architecture.activations` and `Architecture.live`.
@@ -95,11 +94,10 @@ def activations(
             grow linearly; names the group.
     """
     plan = memory(dense)
-    shape = (1, *architecture.input_shape)
 
     def bytes_at(keep: KeepCounts, group: str) -> list[int]:
         try:
-            narrow = record(resize(model, architecture, keep), shape, dtype)
+            narrow = record(resize(model, architecture, keep), example)
         except TraceError as error:
             raise TraceError(f"group {group}, with fewer units: {error}") from error
         if narrow.structure() != dense.structure() or narrow.output_shape != dense.output_shape:

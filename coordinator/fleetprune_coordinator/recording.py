@@ -1,7 +1,7 @@
 """One inference of a torch model, written down operator by operator.
 
-The model runs on shapes alone (meta tensors), for one sample, in evaluation mode: that takes
-milliseconds for any width, and a branch on values cannot hide, because there are none.
+For one sample, in evaluation mode. On shapes alone (meta tensors) a branch on values cannot hide,
+because there are none; with values the same takes a third of the time.
 """
 
 import copy
@@ -31,7 +31,7 @@ VIEWS = frozenset({
 ELEMENTWISE = frozenset({
     "relu", "hardtanh", "clamp", "clamp_min", "clamp_max", "sigmoid", "tanh", "hardsigmoid",
     "leaky_relu", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "square", "erf",
-    "sin", "cos", "pow", "_prelu_kernel",
+    "sin", "cos", "pow",
     "add", "sub", "rsub", "mul", "div", "maximum", "minimum",
 })
 NORMS = frozenset({
@@ -44,7 +44,7 @@ UNCOUNTED_PRODUCTS = frozenset({
 })
 TEMPORARIES = {
     "silu": 1, "hardswish": 1, "mish": 1, "gelu": 2, "elu": 2, "softplus": 2,
-    "_softmax": 2, "_log_softmax": 2, "native_layer_norm": 2,
+    "_prelu_kernel": 2, "_softmax": 2, "_log_softmax": 2, "native_layer_norm": 2,
 }
 """Operators that export writes as several nodes, and how many tensors of their output's size are in
 memory besides input and output (for those with 2, an upper bound)."""
@@ -106,22 +106,26 @@ class Recording:
         """Per value how often it is read; the model's output is read once more."""
         return Counter([*(v for op in self.operators for v in op.inputs), self.result])
 
-    def folded(self) -> dict[str, str]:
-        """Per BatchNorm layer that alone follows a convolution or linear layer, that layer."""
+    def calls(self) -> Counter[str]:
+        """Per convolution, linear and BatchNorm layer how often it runs."""
+        return Counter(op.layer for op in self.operators if op.kind in (Kind.PRODUCT, Kind.NORM))
+
+    def folded(self) -> dict[int, str]:
+        """Which operators are BatchNorms that alone follow a convolution or linear layer.
+
+        Returns:
+            Per such operator's index, the path of the layer that export folds it into.
+        """
         uses = self.uses()
-        calls = Counter(op.layer for op in self.operators if op.kind in (Kind.PRODUCT, Kind.NORM))
         makers = {v: op for op in self.operators for v in op.outputs}
-        found: dict[str, str] = {}
-        for op in self.operators:
-            maker = makers.get(op.inputs[0]) if op.kind is Kind.NORM else None
-            if (
-                maker is not None
-                and maker.kind is Kind.PRODUCT
-                and uses[op.inputs[0]] == 1
-                and calls[op.layer] == calls[maker.layer] == 1
-            ):
-                found[op.layer] = maker.layer
-        return found
+        return {
+            i: makers[op.inputs[0]].layer
+            for i, op in enumerate(self.operators)
+            if op.kind is Kind.NORM
+            and op.inputs[0] in makers
+            and makers[op.inputs[0]].kind is Kind.PRODUCT
+            and uses[op.inputs[0]] == 1
+        }
 
     def structure(self) -> list[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
         """Everything but sizes: the same for every keep count of a model that can be traced."""
@@ -207,18 +211,17 @@ def on_shapes(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).eval().to("meta")
 
 
-def record(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Recording:
+def record(model: nn.Module, example: Tensor) -> Recording:
     """Write down one inference.
 
     Args:
-        model: On shapes alone (see `on_shapes`).
-        shape: The input's, (1, ...).
-        dtype: The input's.
+        model: In evaluation mode; with values or on shapes alone (see `on_shapes`).
+        example: (1, ...) on the model's device.
 
     Raises:
-        TraceError: The model does not run on shapes alone, or multiplies outside a layer.
+        TraceError: The model does not run, or multiplies outside a layer; names the layer.
     """
-    example = torch.empty(shape, dtype=dtype, device="meta")
+    example = example.detach().clone()  # the model may work in place
     recorder = _Recorder(example, dict(model.named_modules()))
     hooks = [
         hook
@@ -235,7 +238,8 @@ def record(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Reco
         path = recorder.stack[-1]
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if not isinstance(error, TraceError):
-            reason = f"does not run on shapes alone, expected no branch on values: {reason}"
+            alone = " on shapes alone, expected no branch on values" if example.is_meta else ""
+            reason = f"does not run{alone}: {reason}"
         raise TraceError(f"{describe(path, recorder.layers[path])}: {reason}") from error
     finally:
         for hook in hooks:

@@ -13,6 +13,7 @@ import hashlib
 import re
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -30,7 +31,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # tuf re-exports w
 )
 
 from fleetprune.errors import ConfigError, RegistryError
-from fleetprune.files import write_atomic
+from fleetprune.files import make_folder, write_atomic
 from fleetprune.messages import GraphRef, Manifest
 from fleetprune_coordinator.keys import Expiry, load_signers, meta_file, sign
 
@@ -231,7 +232,10 @@ class ReleaseRepository:
     def read(self, name: str) -> bytes | None:
         """Content of `path(name)`; None where there is no such public file."""
         path = self.path(name)
-        return None if path is None else path.read_bytes()
+        try:
+            return None if path is None else path.read_bytes()
+        except FileNotFoundError:  # dropped by a publication just now
+            return None
 
     def _publish(self, files: Mapping[str, bytes], drop: tuple[str, ...]) -> None:
         for path in files:
@@ -246,12 +250,14 @@ class ReleaseRepository:
             info = TargetFile.from_data(path, data, ["sha256"])
             file = self._target_file(info)
             if not file.is_file():  # its name is its hash, and it was written in one step
-                file.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(file.parent)
                 self._write(file, data)
             targets.targets[path] = info
         self._commit(targets, snapshot, timestamp)
         for file in dropped:
-            file.unlink(missing_ok=True)
+            with suppress(OSError):  # published already: a leftover only takes space
+                file.unlink(missing_ok=True)
+                file.parent.rmdir()  # once it is empty
 
     def _commit(self, targets: Targets | None, snapshot: Snapshot, timestamp: Timestamp) -> None:
         """Sign and write, the file that is named before the file that names it."""

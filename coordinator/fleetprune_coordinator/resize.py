@@ -59,17 +59,13 @@ def resize(model: nn.Module, architecture: Architecture, keep: KeepCounts) -> nn
     architecture.check_keep(keep)
     small = copy.deepcopy(model)
     specs = {spec.name: spec for spec in architecture.tensors}
-    done: dict[int, Tensor] = {}  # a tensor that is tied under two names stays one tensor
     for path, layer in small.named_modules():
         depthwise = is_depthwise(layer)
         for slots in (layer._parameters, layer._buffers):
             for leaf, tensor in slots.items():
                 spec = specs.get(f"{path}.{leaf}" if path else leaf)
-                if tensor is None:
-                    continue
-                if id(tensor) not in done and spec is not None:
-                    done[id(tensor)] = _leading(tensor, spec, architecture, keep)
-                slots[leaf] = done.get(id(tensor), tensor)
+                if tensor is not None and spec is not None:
+                    slots[leaf] = _leading(tensor, spec, architecture, keep)
         _fix_attributes(layer, depthwise)
     return small
 

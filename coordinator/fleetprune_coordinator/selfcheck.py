@@ -42,7 +42,9 @@ def check_cut_equals_zeroed(model: nn.Module, architecture: Architecture) -> Non
         keep = {
             g: int(rng.integers(1, n)) if g in chosen else n for g, n in architecture.groups.items()
         }
-        order = {g: rng.permutation(n).astype(np.intp) for g, n in architecture.groups.items()}
+        order = architecture.identity() | {
+            g: rng.permutation(architecture.groups[g]).astype(np.intp) for g in groups
+        }
         return keep, order
 
     everything = list(architecture.groups)

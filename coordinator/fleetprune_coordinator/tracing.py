@@ -1,9 +1,11 @@
 """From a torch model to plain data: what can be cut, what it costs, where each weight lies.
 
-Which channels are coupled is asked of `couplings`; what runs and what is in memory is recorded on
-shapes alone; and nothing of it is believed before `selfcheck` has proved it by computing.
+Which channels are coupled is asked of `couplings`; what runs and what is in memory is recorded
+(`recording`, `liveness`); and nothing is believed before `selfcheck` has proved it by computing.
 """
 
+import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -17,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from fleetprune.errors import TraceError
 from fleetprune.layout import Architecture, Axis, Gate, Role, Segment, TensorSpec
 from fleetprune_coordinator.couplings import Couplings, Member, Slot, weight_of
-from fleetprune_coordinator.liveness import activations
+from fleetprune_coordinator.liveness import FLOAT_BYTES, activations
 from fleetprune_coordinator.recording import SUPPORTED, Recording, describe, on_shapes, record
 from fleetprune_coordinator.resize import is_depthwise, statistics_of
 from fleetprune_coordinator.selfcheck import check_cut_equals_zeroed
@@ -47,8 +49,9 @@ def trace(model: nn.Module, example: Tensor) -> Architecture:
     if example.dim() < 2 or example.shape[0] != 1:
         raise TraceError(f"example of shape {tuple(example.shape)}, expected (1, ...)")
     _check_layers(model)
-    shapes_only = on_shapes(model)
-    dense = record(shapes_only, tuple(example.shape), example.dtype)
+    record(on_shapes(model), example.to("meta"))  # no branch on values
+    plain = copy.deepcopy(model).cpu().eval()
+    dense = record(plain, example.cpu())
     shapes = _tensor_shapes(model)
     groups, labels = _find_groups(Couplings(model, example), dense, shapes, model)
     tensors = _tensor_specs(model, dense, shapes, list(groups), labels)
@@ -64,7 +67,7 @@ def trace(model: nn.Module, example: Tensor) -> Architecture:
         input_shape=tuple(example.shape[1:]),
         classes=dense.output_shape[-1],
     )
-    buffers, live = activations(shapes_only, architecture, dense, example.dtype)
+    buffers, live = activations(plain, architecture, dense, example.cpu())
     architecture = architecture.model_copy(update={"activations": buffers, "live": live})
     check_cut_equals_zeroed(model, architecture)
     return architecture
@@ -72,8 +75,12 @@ def trace(model: nn.Module, example: Tensor) -> Architecture:
 
 def _check_layers(model: nn.Module) -> None:
     """Refuse layers whose weights cannot be cut along channels."""
+    owners: dict[int, str] = {}
     for path, layer in model.named_modules():
         named = describe(path, layer)
+        for parameter in layer.parameters(recurse=False):
+            if (owner := owners.setdefault(id(parameter), named)) != named:
+                raise TraceError(f"{named} shares a weight with {owner}, expected its own")
         holds = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
         if any(is_lazy(p) for p in holds):
             raise TraceError(f"{named} has no shape yet, expected a model that has run once")
@@ -266,24 +273,34 @@ def _tensor_specs(
                 _segments(name, labels[name, axis], groups, sizes) for axis in range(len(shape))
             ),
             positions=positions.get(name, 0),
-            artifact_bytes=shipped.get(name, 4),
+            artifact_bytes=shipped.get(name, FLOAT_BYTES),
         )
         for name, shape in shapes.items()
     )
 
 
 def _artifact_bytes(model: nn.Module, dense: Recording) -> dict[str, int]:
-    """Bytes per element of the BatchNorm tensors that export folds into the layer before.
+    """Bytes per element of the tensors that export does not ship as they are.
 
-    A layer without a bias gets one by folding: it is counted with the norm, once.
+    A BatchNorm that is folded into the layer before it leaves nothing but that layer's bias, which
+    is counted with the norm if the layer has none. A layer that runs several times is shipped once
+    per norm that it is folded with.
     """
+    calls, folded = dense.calls(), dense.folded()
+    norms = Counter(dense.operators[i].layer for i in folded)
+    layers = Counter(folded.values())
     shipped: dict[str, int] = {}
-    for norm, layer in dense.folded().items():
+    for norm, count in norms.items():
         leaves = ("weight", "bias", "running_mean", "running_var")
-        shipped |= {f"{norm}.{leaf}": 0 for leaf in leaves}
+        shipped |= {f"{norm}.{leaf}": FLOAT_BYTES * (calls[norm] > count) for leaf in leaves}
+    for layer, count in layers.items():
+        copies = count + (calls[layer] > count)
+        shipped |= {f"{layer}.{leaf}": FLOAT_BYTES * copies for leaf in ("weight", "bias")}
+    for i, layer in folded.items():
         if model.get_submodule(layer).bias is None:
+            norm = dense.operators[i].layer
             has_bias = model.get_submodule(norm).bias is not None
-            shipped[f"{norm}.{'bias' if has_bias else 'running_mean'}"] = 4
+            shipped[f"{norm}.{'bias' if has_bias else 'running_mean'}"] += FLOAT_BYTES
     return shipped
 
 

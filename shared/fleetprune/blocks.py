@@ -9,7 +9,7 @@ disk may cut it; nothing is allocated before the sizes have been checked.
     2 Block    transfer u32, index u32, edition u32, block size u32, size u64, data
     3 NotFound transfer u32
     4 Put      transfer u32, index u32, block size u32, size u64, SHA-256, name, data
-    5 Stored   transfer u32, state u8, SHA-256, blocks u32, bitmap, reason (u8 + UTF-8)
+    5 Stored   transfer u32, state u8, edition u32, SHA-256, blocks u32, bitmap, reason (u8, UTF-8)
 
 A name is u16 + ASCII. `transfer` is drawn by the device and comes back in the answer, so that
 what is left of an earlier transfer is not mistaken for this one. The CRC finds accidents; against
@@ -128,7 +128,7 @@ class _Reader:
 _U8, _U16 = struct.Struct("<B"), struct.Struct("<H")
 _REQUEST, _RUN = struct.Struct("<II"), struct.Struct("<IH")
 _BLOCK, _PUT = struct.Struct("<IIIIQ"), struct.Struct("<IIIQ")
-_STORED, _U32 = struct.Struct("<IB"), struct.Struct("<I")
+_STORED, _U32 = struct.Struct("<IBI"), struct.Struct("<I")
 
 
 def _pack_name(name: str) -> bytes:
@@ -279,6 +279,8 @@ class Stored(_Message):
     count: int = 1
     """Blocks of the whole."""
     reason: str = ""
+    edition: int = 0
+    """Of what has come: a smaller bitmap of the same edition is a late one, of another a loss."""
 
     def _body(self) -> bytes:
         bitmap = bytearray(-(-self.count // 8))
@@ -287,7 +289,7 @@ class Stored(_Message):
         reason = self.reason.encode()[:MAX_REASON].decode(errors="ignore").encode()
         return b"".join(
             (
-                _STORED.pack(self.transfer, self.state),
+                _STORED.pack(self.transfer, self.state, self.edition),
                 self.sha256,
                 _U32.pack(self.count),
                 bytes(bitmap),
@@ -298,7 +300,7 @@ class Stored(_Message):
 
     @classmethod
     def _read(cls, body: _Reader) -> Self:
-        transfer, state = body.unpack(_STORED)
+        transfer, state, edition = body.unpack(_STORED)
         sha256 = body.take(32)
         (count,) = body.unpack(_U32)
         if not 1 <= count <= MAX_BLOCKS:
@@ -312,7 +314,7 @@ class Stored(_Message):
         except ValueError as e:
             raise WireError(f"stored message: {e}") from e
         blocks = frozenset(i for i in range(count) if bitmap[i // 8] >> i % 8 & 1)
-        return cls(transfer, known, sha256, blocks, count, reason)
+        return cls(transfer, known, sha256, blocks, count, reason, edition)
 
 
 AnyMessage = Request | Block | NotFound | Put | Stored

@@ -243,11 +243,11 @@ class BudgetSolver:
         counts: dict[str, int],
         scores: Mapping[str, NDArray[np.float32]],
     ) -> dict[str, int]:
-        """Give back the most important steps that still fit."""
+        """Give back steps that still fit: to the most cut group, or to the most important units."""
         counts = dict(counts)
         while True:
             costs = self._costs(counts)
-            best: tuple[float, str, int] | None = None
+            best: tuple[tuple[float, float], str, int] | None = None
             for group in counts:
                 step = self._grid.above(group, counts[group])
                 if step is None or step > ceiling[group]:
@@ -256,9 +256,13 @@ class BudgetSolver:
                 if not budget.meets(after):
                     continue
                 gain = float(scores[group][counts[group] : step].sum())
-                price = gain / max(after.macs - costs.macs, 1)
-                if best is None or price > best[0]:
-                    best = (price, group, step)
+                evenness = -counts[group] / self._groups[group]
+                value = (
+                    evenness if self._allocation is Allocation.UNIFORM else 0.0,
+                    gain / max(after.macs - costs.macs, 1),
+                )
+                if best is None or value > best[0]:
+                    best = (value, group, step)
             if best is None:
                 return counts
             counts[best[1]] = best[2]

@@ -59,6 +59,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, durably; does nothing where they exist.
+
+    Raises:
+        InstallError: The disk is full or refuses.
+    """
+    with storage_errors("make", folder):
+        missing = [p for p in (folder, *folder.parents) if not p.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            sync_folder(made.parent)
+
+
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Replace the content of `path` by `data`, durably and in one step.
 

@@ -190,14 +190,15 @@ def reference_feeds(meta: GraphMeta) -> dict[str, NDArray[Any]]:
     return feeds
 
 
-def expectation(output: str, value: NDArray[Any]) -> Expectation:
+def expectation(output: str, value: NDArray[Any], size: NDArray[Any]) -> Expectation:
     """What `check_outputs` will compare with.
 
     Args:
         output: The graph's output.
         value: Its right value, of any shape, float64.
+        size: Its norm is the scale; `value` itself, unless that cancels to about zero.
     """
-    scale = float(np.linalg.norm(value)) or 1.0
+    scale = float(np.linalg.norm(size)) or 1.0
     return Expectation(output=output, values=_project(value), scale=scale)
 
 

@@ -120,6 +120,10 @@ class _CountingClient(paho.Client):
         self.sent += length
         return length
 
+    def close_wake_up(self) -> None:
+        """Close the pair of sockets that wakes paho's loop: each `loop_start` makes a new one."""
+        self._reset_sockets(sockpair_only=True)
+
 
 class Connection:
     """Keeps a client connected and its subscriptions in place until it is stopped."""
@@ -296,6 +300,7 @@ class Connection:
         finally:
             self._client.disconnect()
             self._client.loop_stop()
+            self._client.close_wake_up()
 
     # Callbacks, in paho's thread: they only note and enqueue.
 

@@ -9,6 +9,7 @@ one reading of the file instead of an fsync per block.
 
 import hashlib
 import os
+import secrets
 import struct
 import zlib
 from pathlib import Path
@@ -57,6 +58,8 @@ class PartFile:
                 os.close(self._data)
                 raise
         self.have = self._believable()
+        self.edition = secrets.randbits(32)
+        """Drawn at each opening: `have` only grows while it stays the same."""
 
     def __enter__(self) -> Self:
         return self

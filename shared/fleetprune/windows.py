@@ -47,7 +47,7 @@ class _Window:
     def expire(self, now: float) -> None:
         """Blocks that are overdue are wanted again, lowest first."""
         timeout = self.round_trip.timeout_s
-        late = sorted(i for i, at in self.under_way.items() if now - at >= timeout)
+        late = sorted(i for i, at in self.under_way.items() if at + timeout <= now)
         if late:
             self.round_trip.expired()
             self._want_again(late)
@@ -215,6 +215,7 @@ class Upload:
         self.count = count_blocks(len(data), block_size)
         self.sha256 = hashlib.sha256(data).digest()
         self.done = False
+        self._edition: int | None = None
         self._blocks = _Window(window)
         self._blocks.restart(range(self.count))
 
@@ -267,8 +268,9 @@ class Upload:
             raise WireError(f"{self.name}: bitmap of {message.count} blocks, sent {self.count}")
         blocks = self._blocks
         news = [blocks.arrived(i, now) for i in sorted(message.blocks)]
-        lost = blocks.done - message.blocks
-        if lost:
+        if message.edition != self._edition:
+            self._edition = message.edition
+            lost = blocks.done - message.blocks
             blocks.done -= lost
             blocks.wanted.extend(sorted(lost))
         if len(blocks.done) == self.count:

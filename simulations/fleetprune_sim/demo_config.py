@@ -46,6 +46,8 @@ class DemoTask:
     factory: str
     rounds: int
     """By default."""
+    epochs: int
+    """In a round; a device of `har` has several times as many samples."""
     load: Callable[[int, Path], FleetData]
     """From a seed and a folder for caches."""
     held_out: float
@@ -63,9 +65,9 @@ def _har(seed: int, cache: Path) -> FleetData:
 
 TASKS = {
     "digits": DemoTask(
-        "digits", "fleetprune_sim.models:digits_cnn", 20, _digits, digits.DEVICE_TEST_SHARE
+        "digits", "fleetprune_sim.models:digits_cnn", 20, 2, _digits, digits.DEVICE_TEST_SHARE
     ),
-    "har": DemoTask("har", "fleetprune_sim.models:cnn1d", 30, _har, har.DEVICE_TEST_SHARE),
+    "har": DemoTask("har", "fleetprune_sim.models:cnn1d", 30, 1, _har, har.DEVICE_TEST_SHARE),
 }
 
 
@@ -189,7 +191,7 @@ def write_fleet(
             "rounds": task.rounds,
             "devices_per_round": len(DEVICES),
             "min_devices": len(DEVICES),
-            "epochs": 2,
+            "epochs": task.epochs,
             "batch": 32,
             "learning_rate": 0.1,
             **training,

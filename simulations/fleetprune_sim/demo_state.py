@@ -8,7 +8,7 @@ from typing import Any
 
 Event = Mapping[str, Any]
 
-_REPORTED = ("release", "sha256", "accuracy", "latency_ms", "rss_mb", "bytes_up", "bytes_down")
+_REPORTED = ("release", "accuracy", "latency_ms", "rss_mb")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class DeviceState:
     trains: bool
     doing: str = "starting"
     report: Mapping[str, Any] = field(default_factory=dict)
-    """Its latest telemetry: release, sha256, accuracy, latency_ms, rss_mb, bytes_up, bytes_down."""
+    """Of its latest report: release, accuracy, latency_ms, rss_mb."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,10 @@ def apply(state: FleetState, event: Event) -> FleetState:
     state = replace(state, news=describe(event) or state.news)
     match event.get("event"):
         case "enrolled":
-            return _update(state, event, "enrolled")
+            state = _update(state, event, "enrolled")
+            if all(device.doing == "enrolled" for device in state.devices.values()):
+                return replace(state, news="everyone is here; making the graphs of every class")
+            return state
         case "round":
             state = replace(
                 state,
@@ -82,8 +85,10 @@ def apply(state: FleetState, event: Event) -> FleetState:
 def describe(event: Event) -> str:
     """An event in one line; empty for an event that this version does not know."""
     match event.get("event"):
+        case "waiting":
+            return f"waiting for devices: {event.get('devices')} of {event.get('expected')}"
         case "enrolled":
-            return f"{event.get('device')} enrolled as {event.get('class')}"
+            return f"{event.get('device')} enrolled as {event.get('device_class')}"
         case "round":
             loss = event.get("loss")
             parts = [
@@ -98,9 +103,10 @@ def describe(event: Event) -> str:
         case "remask":
             return f"masks solved again: version {event.get('mask_version', '?')}"
         case "calibrate":
-            return "calibrating every class's BatchNorm statistics"
+            step, of = event.get("step", "?"), event.get("of", "?")
+            return f"BatchNorm statistics calibrated: pass {step} of at most {of}"
         case "release":
-            return f"release {event.get('release', '?')} signed and announced"
+            return f"release {event.get('number', '?')} signed and announced"
         case "installed":
             accuracy = event.get("accuracy")
             own = f", {accuracy:.1%} right on its own data" if accuracy is not None else ""
@@ -110,27 +116,19 @@ def describe(event: Event) -> str:
     return ""
 
 
-def device_figures(state: FleetState) -> list[dict[str, Any]]:
-    """The list `devices` of a summary, in the order of the fleet."""
-    return [
-        {
-            "id": name,
-            "class": device.device_class,
-            "installed_sha256": device.report.get("sha256"),
-            **{k: device.report.get(k) for k in _REPORTED if k != "sha256"},
-        }
-        for name, device in state.devices.items()
-    ]
+def strangers(summary: Mapping[str, Any], devices: Mapping[str, str]) -> list[str]:
+    """Devices that did not report running the artifact made for their class.
 
-
-def strangers(state: FleetState, summary: Mapping[str, Any]) -> list[str]:
-    """Devices that do not run the artifact made for their class."""
+    Args:
+        summary: With the keys `classes` and `devices`.
+        devices: The fleet: device to class.
+    """
+    installed = {d["id"]: d.get("installed_sha256") for d in summary.get("devices", [])}
+    made = {name: group["artifact"]["sha256"] for name, group in summary["classes"].items()}
     return [
-        name
-        for name, device in state.devices.items()
-        if device.report.get("sha256") is None
-        or device.report["sha256"]
-        != summary["classes"].get(device.device_class, {}).get("artifact", {}).get("sha256")
+        device
+        for device, name in devices.items()
+        if installed.get(device) is None or installed[device] != made.get(name)
     ]
 
 
@@ -180,7 +178,7 @@ def _update(state: FleetState, event: Event, doing: str) -> FleetState:
     name = str(event.get("device"))
     known = state.devices.get(name)
     if known is None:
-        known = DeviceState(str(event.get("class", "?")), bool(event.get("trains", True)))
+        known = DeviceState(str(event.get("device_class", "?")), bool(event.get("trains", True)))
     report = {k: event[k] for k in _REPORTED if k in event}
     device = replace(known, doing=doing, report={**known.report, **report})
     return replace(state, devices={**state.devices, name: device})

@@ -1,6 +1,5 @@
 """How a demo looks: a live display while it runs, a table when it is done."""
 
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,14 +32,13 @@ def live(state: FleetState, task: str) -> RenderableType:
 def class_table(summary: Mapping[str, Any]) -> RenderableType:
     """What each class got: from a summary with the keys that `docs/benchmarks.md` explains."""
     dense = summary["dense"]
-    up, down = _traffic(summary.get("devices", []))
     table = _table()
     for heading in ("class", "budget"):
         table.add_column(heading, no_wrap=True)
     for heading in ("artifact", "MACs", "latency", "accuracy %\nbefore after", "traffic"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, group in summary["classes"].items():
-        artifact = group["artifact"]
+        artifact, traffic = group["artifact"], group.get("traffic", {})
         table.add_row(
             Text(f"{name}\n{group['devices']} devices"),
             _budget(group["budget"], bool(group.get("within_budget"))),
@@ -48,7 +46,7 @@ def class_table(summary: Mapping[str, Any]) -> RenderableType:
             f"{scaled(artifact['macs'], _COUNTS)}\n{_share(artifact['macs'], dense['macs'])}",
             _milliseconds(artifact.get("latency_ms")),
             f"{_percent(dense.get('accuracy')):>6} {_percent(group.get('accuracy')):>5}",
-            f"up {size(up.get(name)):>7}\ndown {size(down.get(name)):>7}",
+            f"up {size(traffic.get('up_bytes')):>7}\ndown {size(traffic.get('down_bytes')):>7}",
         )
     return table
 
@@ -129,18 +127,6 @@ def _budget(budget: Mapping[str, Any], within: bool) -> Text:
         limits.append(_milliseconds(budget["latency_ms"]))
     verdict = ("kept", "green") if within else ("exceeded", "bold red")
     return Text.assemble("\n".join(limits) or "none", "\n", verdict)
-
-
-def _traffic(devices: list[Mapping[str, Any]]) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes up and down per class, over its devices that reported them."""
-    up: dict[str, int] = defaultdict(int)
-    down: dict[str, int] = defaultdict(int)
-    for device in devices:
-        if device.get("bytes_up") is not None:
-            up[device["class"]] += int(device["bytes_up"])
-        if device.get("bytes_down") is not None:
-            down[device["class"]] += int(device["bytes_down"])
-    return dict(up), dict(down)
 
 
 def _percent(share: float | None) -> str:

@@ -64,7 +64,9 @@ def _reader(coordinator: Coordinator) -> Read:
 
 def _device(name: str, device: LoopDevice, graphs: Graphs) -> Callable[[bytes, Read], bytes]:
     settings = WorkerSettings(name, trains=device.trains)
-    worker = Worker(settings, Samples(device.x, device.y), graphs, InMemory())
+    worker = Worker(
+        settings, Samples(device.x, device.y, lambda i: f"{name}: sample {i}"), graphs, InMemory()
+    )
 
     def run(task: bytes, read: Read) -> bytes:
         return worker.handle(Task.from_bytes(task), _Source(read))

@@ -3,8 +3,8 @@
     python crash_child.py STATE PUBLIC ROOT NOW
 
 `operation N` kills right before the N-th operation on the disk, `time S` after S seconds. Answers
-`killed` or `done` per line. One process imports onnxruntime once; no session is ever made in it,
-so its forks have no threads to lose.
+`killed`, or `done` and an exit status, per line. One process imports onnxruntime once; no session
+is ever made in it, so its forks have no threads to lose.
 """
 
 import os
@@ -67,6 +67,7 @@ def live(state: Path, public: Path, root: bytes, now: datetime, tick) -> None:
 
 def main(state: str, public: str, root: str, now: str) -> None:
     moment = datetime.fromisoformat(now)
+    print("ready", flush=True)
     for line in sys.stdin:
         kind, value = line.split()
         child = os.fork()
@@ -82,8 +83,8 @@ def main(state: str, public: str, root: str, now: str) -> None:
             time.sleep(float(value))
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
-        print("killed" if os.WIFSIGNALED(status) else f"done {os.waitstatus_to_exitcode(status)}")
-        sys.stdout.flush()
+        outcome = "killed" if os.WIFSIGNALED(status) else f"done {os.WEXITSTATUS(status)}"
+        print(outcome, flush=True)
 
 
 def slow() -> None:

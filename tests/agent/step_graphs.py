@@ -169,6 +169,7 @@ class Shelf:
     def add_graph(self, onnx: bytes) -> GraphRef:
         sha256 = hashlib.sha256(onnx).hexdigest()
         self.blobs[f"graphs/{sha256}.onnx"] = onnx
+        self.blobs[f"targets/graphs/{sha256}.{sha256}.onnx"] = onnx
         return GraphRef(target=f"graphs/{sha256}.onnx", sha256=sha256)
 
     def add_model(self, params, stats, *, mask_version: int = 1, round_: int = 0) -> Blob:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from fleetprune.errors import ConfigError
-from fleetprune_agent.config import CsvData, FunctionData, NpzData, load_config
+from fleetprune_agent.config import AgentConfig, CsvData, FunctionData, NpzData, load_config
 
 MINIMAL = """
 device = "d1"
@@ -113,3 +113,13 @@ def test_unreadable_and_not_toml(tmp_path):
 def test_a_password_is_not_shown(tmp_path):
     config = load_config(write(tmp_path, MINIMAL.replace("host =", 'password = "s3"\nhost =')))
     assert "s3" not in repr(config)
+
+
+def test_the_example_that_is_shipped():
+    deploy = Path(__file__).parents[2] / "deploy"
+    config = load_config(deploy / "agent.toml")
+    assert isinstance(config.data, CsvData)
+    assert config.broker.ca_file == Path("/etc/fleetprune/ca.pem")
+    defaults = AgentConfig.model_fields
+    for key in ("threads", "telemetry_s", "refresh_s", "max_outbox_bytes", "trains"):
+        assert getattr(config, key) == defaults[key].default

@@ -40,6 +40,7 @@ class Fleet:
             text=True,
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         )
+        assert self.process.stdout.readline() == "ready\n"
 
     def publish(self, release: int) -> None:
         content = ReleaseContent(
@@ -121,7 +122,7 @@ def test_killed_at_random_instants(fleet):
     """20 kills or more of a device that is offered a new release each time; seeded.
 
     A release still on trial gives way to a newer one, so the proven one counts as old too.
-    Instants are drawn from the time that one whole life takes on this machine, now.
+    Instants are drawn from the time that one whole life takes, and follow the machine's load.
     """
     rng = random.Random(7)
     fleet.publish(1)
@@ -131,13 +132,14 @@ def test_killed_at_random_instants(fleet):
     kills, seen, release = 0, set(), 1
     while kills < 20 or len(seen) < 2:
         release += 1
-        assert release < 100, f"{kills} kills, seen {seen}: instants are drawn badly"
+        assert release < 200, f"{kills} kills, seen {seen}: instants are drawn badly"
         fleet.publish(release)
         slots = Slots(fleet.state)
         old = slots.active()
         proven = slots.fallback(old)
         allowed = {old.release, release} | ({proven.release} if proven else set())
-        kills += fleet.live("time", rng.uniform(0, 1.5 * life)) == "killed"
+        killed = fleet.live("time", rng.uniform(0, life)) == "killed"
+        kills, life = kills + killed, life * (1.1 if killed else 0.7)
         got = fleet.answer()
         assert got in allowed, f"release {got} runs, allowed are {allowed}"
         seen.add("new" if got == release else "old")

@@ -76,7 +76,7 @@ def test_a_device_that_was_off_for_months_serves_and_then_updates(device):
     device.clock.advance(days=200)
     device.restart()
     assert device.answer() == 1
-    with pytest.raises(TrustError, match="timestamp.json is expired"):
+    with pytest.raises(TrustError, match=r"timestamp.json is expired"):
         device.install()
     assert device.answer() == 1
     for payload in (
@@ -181,7 +181,7 @@ def test_another_model_under_the_installed_number(device):
     device.repository.release(1)
     device.install()
     device.repository.release(1, model=gemm(7))
-    with pytest.raises(TrustError, match="^release 1 has model [0-9a-f]{64}, but the installed "):
+    with pytest.raises(TrustError, match=r"^release 1 has model [0-9a-f]{64}, but the installed "):
         device.install()
     assert device.answer() == 1
 

@@ -2,13 +2,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import INPUTS, ZEROS, gemm, not_finite_on_large_input, raises_on_large_input
+from models import INPUTS, ZEROS, gemm, not_finite_on_large_input, npz, raises_on_large_input
 from repositories import Clock, MemoryRepository
 
 from fleetprune.errors import DataError, GraphError, InstallError
 from fleetprune_agent.install import install
 from fleetprune_agent.serving import COMMIT_AFTER, Predictor, load_model
-from fleetprune_agent.slots import Slots, State
+from fleetprune_agent.slot_files import State
+from fleetprune_agent.slots import Slots
 from fleetprune_agent.trust import TrustedRepository
 
 LARGE = np.full((1, INPUTS), 100, dtype=np.float32)
@@ -44,7 +45,7 @@ def test_no_model_yet(device):
     assert str(e.value) == (
         "no model installed yet: the first release has not arrived, or was refused"
     )
-    with pytest.raises(InstallError, match="^no model installed yet: "):
+    with pytest.raises(InstallError, match=r"^no model installed yet: "):
         device.predictor.manifest  # noqa: B018
 
 
@@ -139,8 +140,6 @@ def test_a_failing_model_is_rolled_back_and_the_caller_gets_an_answer(device, ki
 
 
 def _golden_for(make, bias):
-    from models import npz
-
     y = np.full((1, 3), bias, dtype=np.float32)
     return npz(x=ZEROS, y=y)
 
@@ -162,7 +161,7 @@ def test_both_models_fail(device):
             release, model=raises_on_large_input(release), samples=_golden_for(None, release)
         )
         device.slots.commit()
-    with pytest.raises(InstallError, match="^both installed models fail: the model raised "):
+    with pytest.raises(InstallError, match=r"^both installed models fail: the model raised "):
         device.predictor.predict(LARGE)
     assert device.answer() == 1
 
@@ -213,5 +212,5 @@ def test_damage_of_the_active_slot_is_served_from_the_other(device, tmp_path):
 @pytest.mark.parametrize("data", [b"", b"not a model", gemm(1)[:-20]], ids=["empty", "text", "cut"])
 def test_what_does_not_load(tmp_path, data):
     (tmp_path / "m").write_bytes(data)
-    with pytest.raises(GraphError, match="^the model does not load: [^\n]+$"):
+    with pytest.raises(GraphError, match=r"^the model does not load: [^\n]+$"):
         load_model(tmp_path / "m")

@@ -8,7 +8,8 @@ from models import INPUTS, gemm, golden
 
 from fleetprune.errors import InstallError
 from fleetprune.messages import Manifest
-from fleetprune_agent.slots import GOLDEN, MAX_REJECTED, MAX_STARTS, MODEL, Slots, State
+from fleetprune_agent.slot_files import GOLDEN, MODEL, State
+from fleetprune_agent.slots import MAX_REJECTED, MAX_STARTS, Slots
 
 
 def manifest_of(release: int) -> Manifest:
@@ -130,7 +131,7 @@ def test_everything_is_on_disk_before_the_pointer_is_replaced(slots, monkeypatch
     fsync, replace = os.fsync, os.replace
 
     def spy_fsync(descriptor):
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
         steps.append(f"sync {path.relative_to(slots.folder)}")
         fsync(descriptor)
 
@@ -347,3 +348,25 @@ def test_a_switch_on_trial_reports_its_state_to_readers(slots):
     on_trial(slots, 1)
     assert slots.active().state is State.TRIAL
     assert slots.active().proven is False
+
+
+def test_only_the_release_that_was_meant_is_committed_or_rolled_back(slots):
+    """A switch may come between a prediction and its verdict."""
+    committed(slots, 1)
+    on_trial(slots, 2)
+    slots.commit(release=1)
+    assert running(slots) == (2, "trial")
+    assert slots.rollback("1 failed", release=1).release == 2
+    assert running(slots) == (2, "trial")
+    assert slots.rejected() == {}
+    slots.commit(release=2)
+    assert running(slots) == (2, "committed")
+    assert slots.rollback("2 failed", release=2).release == 1
+
+
+def test_unstaging_gives_the_space_back(slots):
+    committed(slots, 1)
+    staged(slots, 2)
+    slots.unstage()
+    assert slots.reclaimable() == 0
+    assert running(slots) == (1, "committed")

@@ -1,14 +1,18 @@
+import copy
 import re
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 from step_graphs import step
 
 from fleetprune.errors import GraphError
 from fleetprune.model_payload import ModelPayload
 from fleetprune_agent.data import Batches
+from fleetprune_agent.runtime import training_session
 from fleetprune_agent.trainer import StoppedError, train
+from fleetprune_coordinator.graphs import export_train_step
 
 START = ModelPayload(1, 0, np.array([1, 2], np.float32), np.array([4, 8], np.float32))
 
@@ -82,3 +86,71 @@ def test_stops_between_steps():
     answers = iter([False, True])
     with pytest.raises(StoppedError, match=r"^stopped after 1 of 2 steps$"):
         run([session(step())], stopped=lambda: next(answers))
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = torch.nn.BatchNorm2d(4)
+        self.head = torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def flat(tensors) -> np.ndarray:
+    return np.concatenate([t.detach().numpy().ravel() for t in tensors]).astype(np.float32)
+
+
+def statistics(net: Net) -> np.ndarray:
+    return flat([net.norm.running_mean, net.norm.running_var])
+
+
+def test_the_coordinator_s_graph_trains_as_torch_does(net):
+    """Three epochs of 10 samples in batches of 4, the last of each a short one."""
+    graph = export_train_step(
+        net, torch.zeros(1, 1, 6, 6), batch=4, momentum=0.9, weight_decay=0.01
+    )
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(10, 1, 6, 6)).astype(np.float32)
+    y = rng.integers(0, 3, 10)
+    got = train(
+        [training_session(graph.onnx)],
+        ModelPayload(1, 0, flat(net.parameters()), statistics(net)),
+        Batches(x, y, 4),
+        epochs=3,
+        max_steps=0,
+        learning_rate=0.1,
+        rng=rng,
+    )
+    expected = copy.deepcopy(net).train()
+    decayed = [p for p in expected.parameters() if p.dim() > 1]
+    others = [p for p in expected.parameters() if p.dim() <= 1]
+    optimiser = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
+        lr=0.1,
+        momentum=0.9,
+    )
+    losses = []
+    for _ in range(3):
+        for start in (0, 4, 8):
+            part = slice(start, min(start + 4, 10))
+            loss = torch.nn.functional.cross_entropy(
+                expected(torch.from_numpy(x[part])), torch.from_numpy(y[part])
+            )
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses += [loss.item()] * (part.stop - part.start)
+    assert got.steps == 9
+    assert got.loss == pytest.approx(np.mean(losses), rel=1e-4)
+    assert np.abs(got.params - flat(expected.parameters())).max() < 1e-4
+    assert np.abs(got.stats - statistics(expected)).max() < 1e-4
+    assert np.abs(got.params - flat(net.parameters())).max() > 0.01

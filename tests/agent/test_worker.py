@@ -282,7 +282,8 @@ def test_a_loop_device_is_the_same_worker(shelf):
     task = shelf.task("t1", [step()])
     device = as_loop_device(worker(None))
     assert answer(device(task.to_bytes(), shelf.read))[1] == [-1, -2]
-    assert shelf.asked == [task.graphs[0].target, f"blobs/{task.model.sha256}"]
+    name = task.graphs[0].sha256
+    assert shelf.asked == [f"targets/graphs/{name}.{name}.onnx", f"blobs/{task.model.sha256}"]
     with pytest.raises(MessageError):
         device(b"{}", shelf.read)
 

@@ -225,7 +225,7 @@ def test_endless_manifest(trusted, repository):
 def test_swapped_manifest(trusted, repository):
     signed = trusted.describe("classes/phone.json")
     repository.blobs[signed.blob] = b"{" + b" " * (signed.size - 1)
-    with pytest.raises(TrustError, match="^release repository: Observed hash "):
+    with pytest.raises(TrustError, match=r"^release repository: Observed hash "):
         trusted.manifest("phone")
 
 

@@ -163,6 +163,17 @@ def called_twice():
     return net, (3, 8, 8)
 
 
+def shared_block():
+    """One convolution with two norms: it is shipped folded with each."""
+
+    def wiring(m, x):
+        return m.head(m.second(m.conv(torch.relu(m.first(m.conv(m.stem(x)))))))
+
+    layers = {"stem": conv(3, 4), "conv": conv(4, 4, bias=False)}
+    layers |= {"first": nn.BatchNorm2d(4), "second": nn.BatchNorm2d(4), "head": head(4)}
+    return Wired(wiring, **layers), (3, 8, 8)
+
+
 GROUPS = {
     tiny: {"0": 2},
     plain_cnn: {"0.0": 4, "2.0": 6},
@@ -182,6 +193,7 @@ GROUPS = {
     into_the_input: {"b": 6},
     conv_head: {"0": 4},
     called_twice: {"a": 4},
+    shared_block: {"stem": 4},
 }
 """Nets that can be traced, and the groups that they have."""
 

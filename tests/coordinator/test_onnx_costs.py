@@ -64,8 +64,8 @@ def test_exported_files_cost_what_was_computed(net):
         pytest.skip("no exporter in this installation")
     model, example = nets.make(net)
     architecture = trace(model, example)
-    # These export as single operators or as chains: the analytic figure is an upper bound.
-    bounded = net is nets.layer_norm_mlp
+    # Exported as chains of operators whose memory is bounded, not counted.
+    bounded = net in (nets.layer_norm_mlp, nets.scaled)
     rng = np.random.default_rng(0)
     dense = file_costs(graphs.export_infer(model, example).onnx)
     overhead = dense.artifact_bytes - costs(architecture, architecture.dense).artifact_bytes
@@ -79,8 +79,8 @@ def test_exported_files_cost_what_was_computed(net):
         measured = file_costs(graphs.export_infer(small, example).onnx)
         computed = costs(architecture, keep)
         assert measured.macs == computed.macs
-        assert measured.artifact_bytes <= computed.artifact_bytes
-        assert computed.artifact_bytes - measured.artifact_bytes < 0.02 * overhead + 16
+        # The file also holds an expected output, in decimal digits: a few bytes more or less.
+        assert abs(computed.artifact_bytes - measured.artifact_bytes) < 32
         if bounded:
             assert measured.peak_activation_bytes <= computed.peak_activation_bytes
         else:

@@ -183,8 +183,7 @@ def test_old_releases_are_dropped_from_the_list_and_the_disk(repository, folder,
     for release in range(2, KEEP_RELEASES + 4):
         repository.publish_release(release, {"phone": PHONE})
     kept = sorted(int(p.name) for p in (folder / "public/targets/releases/phone").iterdir())
-    full = [n for n in kept if any((folder / f"public/targets/releases/phone/{n}").iterdir())]
-    assert full == list(range(4, KEEP_RELEASES + 4))
+    assert kept == list(range(4, KEEP_RELEASES + 4))
     device.refresh()
     assert device.manifest("phone").release == KEEP_RELEASES + 3
     assert device.manifest("gateway").release == 1
@@ -240,7 +239,7 @@ def test_a_full_disk_publishes_nothing(folder, clock, device):
     def full(path: Path, data: bytes) -> None:
         raise InstallError(f"disk full: cannot write {path}, 0 bytes free")
 
-    with pytest.raises(InstallError, match="^disk full: cannot write "):
+    with pytest.raises(InstallError, match=r"^disk full: cannot write "):
         ReleaseRepository(folder, clock, write=full).publish_graph(b"graph")
     device.refresh()
 

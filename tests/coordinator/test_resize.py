@@ -102,8 +102,6 @@ def test_resize_copies_values_and_trainability():
     assert model[0].weight.abs().sum() > 0
 
 
-
-
 def test_read_then_load_is_the_identity():
     model, example, _ = traced(nets.norm_mlp)
     parameters, statistics = read(model)
@@ -138,7 +136,9 @@ def test_errors():
             call()
         assert str(caught.value) == message
 
-    fails(BudgetError, lambda: resize(model, architecture, {"0": 9}), "group 0: keep 9, expected 1..8")
+    fails(
+        BudgetError, lambda: resize(model, architecture, {"0": 9}), "group 0: keep 9, expected 1..8"
+    )
     fails(
         UsageError,
         lambda: resize(resize(model, architecture, {"0": 3}), architecture, {"0": 3}),
@@ -166,22 +166,3 @@ def test_errors():
         ),
         "0.bias: shape (9,), expected (8,)",
     )
-
-
-def test_tied_weights_stay_tied():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
-            self.b.weight = self.a.weight
-
-        def forward(self, x):
-            return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
-
-    # Tied as they are, outputs and inputs of `b` would be cut together: left whole by hand.
-    model = Tied()
-    architecture = trace(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.zeros(1, 4))
-    whole = architecture.model_copy(update={"tensors": ()})
-    small = resize(model, whole, architecture.dense)
-    assert small.b.weight is small.a.weight
-    assert small.a.weight is not model.a.weight

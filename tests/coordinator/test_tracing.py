@@ -169,6 +169,14 @@ def test_folded_norms_cost_one_bias():
     }
 
 
+def test_a_layer_folded_twice_is_shipped_twice():
+    _, _, architecture = traced(nets.shared_block)
+    shipped = {t.name: t.artifact_bytes for t in architecture.tensors}
+    assert shipped["conv.weight"] == 8
+    assert [shipped[f"{norm}.bias"] for norm in ("first", "second")] == [4, 4]
+    assert [shipped[f"{norm}.weight"] for norm in ("first", "second")] == [0, 0]
+
+
 def test_a_norm_that_cannot_be_folded_is_shipped():
     _, _, architecture = traced(nets.concat)
     shipped = {t.name: t.artifact_bytes for t in architecture.tensors}
@@ -202,10 +210,19 @@ def test_the_model_is_left_alone():
 
 
 def test_the_same_model_gives_the_same_description():
-    assert traced(nets.mobilenet)[2].model_dump_json() == traced(nets.mobilenet)[2].model_dump_json()
+    assert (
+        traced(nets.mobilenet)[2].model_dump_json() == traced(nets.mobilenet)[2].model_dump_json()
+    )
+
+
+def tied():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+    net[2].weight = net[0].weight
+    return net
 
 
 REFUSED = {
+    "tied": (tied, (4,), "2 (Linear) shares a weight with 0 (Linear), expected its own"),
     "grouped": (
         lambda: nn.Sequential(conv(4, 8), conv(8, 8, groups=2), head(8)),
         (4, 8, 8),
@@ -273,8 +290,8 @@ REFUSED = {
     "width in the code": (
         lambda: Wired(lambda m, x: m.b(m.a(x).view(-1, 384)), a=conv(3, 6), b=nn.Linear(384, 2)),
         (3, 8, 8),
-        "group a, with fewer units: the model (Wired): does not run on shapes alone, expected no "
-        "branch on values: shape '[-1, 384]' is invalid for input of size 320",
+        "group a, with fewer units: the model (Wired): does not run: shape '[-1, 384]' is invalid for "
+        "input of size 320",
     ),
     "product outside a layer": (
         lambda: Wired(

@@ -30,7 +30,7 @@ MESSAGES = [
     Block(7, 1, 99, 4, 6, b"ef"),
     NotFound(7),
     Put("results/t1", 7, 0, 4, 6, SHA, b"abcd"),
-    Stored(7, StoreState.RECEIVING, SHA, frozenset({0, 8}), 9, ""),
+    Stored(7, StoreState.RECEIVING, SHA, frozenset({0, 8}), 9, "", 77),
     Stored(7, StoreState.REFUSED, SHA, reason="round is closed"),
 ]
 
@@ -150,7 +150,7 @@ def test_names_in_messages_are_checked():
 
 @pytest.mark.parametrize("count", [0, MAX_BLOCKS + 1, 2**32 - 1])
 def test_bitmaps_of_absurd_length_are_refused(count):
-    body = struct.pack("<IB", 1, 0) + SHA + struct.pack("<I", count) + b"\0" * 8 + b"\0"
+    body = struct.pack("<IBI", 1, 0, 0) + SHA + struct.pack("<I", count) + b"\0" * 8 + b"\0"
     with pytest.raises(WireError, match=f"bitmap of {count} blocks, expected 1..65536"):
         decode(seal(body, 5))
 

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from fleetprune.errors import InstallError
-from fleetprune.files import free_bytes, sha256_of, storage_errors, sync_file, write_atomic
+from fleetprune.files import (
+    free_bytes,
+    make_folder,
+    sha256_of,
+    storage_errors,
+    sync_file,
+    write_atomic,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -42,7 +49,7 @@ def test_file_is_synced_before_the_rename_and_the_folder_after(tmp_path, monkeyp
     fsync, replace = os.fsync, os.replace
 
     def spy_fsync(descriptor):
-        steps.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        steps.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
         fsync(descriptor)
 
     def spy_replace(source, target):
@@ -80,7 +87,7 @@ def test_other_errors_keep_their_reason(tmp_path):
 
 
 def test_storage_errors_let_other_errors_through(tmp_path):
-    with pytest.raises(ValueError, match="^mine$"), storage_errors("read", tmp_path):
+    with pytest.raises(ValueError, match=r"^mine$"), storage_errors("read", tmp_path):
         raise ValueError("mine")
 
 
@@ -122,6 +129,19 @@ def small_disk(tmp_path):
         pytest.skip("mounting a tmpfs is not permitted here")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_new_folders_are_synced_into_their_parents(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("fleetprune.files.sync_folder", synced.append)
+    make_folder(tmp_path / "a" / "b")
+    assert synced == [tmp_path / "a", tmp_path]
+    make_folder(tmp_path / "a" / "b")
+    assert len(synced) == 2
+    (tmp_path / "file").touch()
+    with pytest.raises(InstallError) as e:
+        make_folder(tmp_path / "file" / "a")
+    assert str(e.value) == f"cannot make {tmp_path}/file/a: Not a directory"
 
 
 def test_sha256_of_a_file_longer_than_a_chunk(tmp_path):

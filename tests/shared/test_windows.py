@@ -86,6 +86,7 @@ class Server:
 
     def __init__(self):
         self.blocks: dict[int, bytes] = {}
+        self.edition = 5
         self.stored: list[bytes] = []
 
     def put(self, put: Put) -> Stored:
@@ -97,7 +98,7 @@ class Server:
             self.stored.append(b"".join(self.blocks[i] for i in range(count)))
             return Stored(put.transfer, StoreState.COMPLETE, put.sha256)
         have = frozenset(self.blocks)
-        return Stored(put.transfer, StoreState.RECEIVING, put.sha256, have, count)
+        return Stored(put.transfer, StoreState.RECEIVING, put.sha256, have, count, "", self.edition)
 
 
 def upload(machine: Upload, link: Link, server: Server) -> int:
@@ -260,6 +261,7 @@ def test_coordinator_that_lost_its_spool_gets_everything_again():
         for put in machine.poll(0.0):
             machine.receive(server.put(put), 0.1)
     server.blocks.clear()
+    server.edition = 6
     upload(machine, Link(0, loss=0.0), server)
     assert server.stored == [DATA]
 

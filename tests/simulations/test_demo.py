@@ -51,7 +51,7 @@ def emit(event, **fields):
 
 devices = [p.name for p in sorted((config.parent / "devices").iterdir())]
 for device in devices:
-    emit("enrolled", device=device, **{"class": device.split("-")[0]})
+    emit("enrolled", device=device, device_class=device.split("-")[0])
 emit("round", round=1, of=1, loss=0.5, seconds=0.1, bytes_up=1, bytes_down=2, devices=6)
 if how in ("hangs", "stubborn", "agent dies"):
     time.sleep(60)
@@ -59,10 +59,8 @@ if how == "coordinator dies":
     print("fleetprune: disk full")
     os.kill(os.getpid(), signal.SIGKILL)
 for device in devices:
-    name = device.split("-")[0]
-    sha256 = "f" * 64 if how == "stranger" and device == "phone-1" else name * 8
-    emit("installed", device=device, release=1, sha256=sha256, accuracy=0.9, latency_ms=0.1,
-         rss_mb=70.0, bytes_up=10, bytes_down=20, **{"class": name})
+    emit("installed", device=device, device_class=device.split("-")[0], release=1, accuracy=0.9,
+         latency_ms=0.1, rss_mb=70.0)
 if how != "no summary":
     (config.parent / "summary.json").write_text(json.dumps({
         "schema": 1, "rounds": 1, "wall_s": 1.0,
@@ -71,6 +69,8 @@ if how != "no summary":
                         "within_budget": True,
                         "artifact": {"sha256": c * 8, "bytes": 10, "macs": 50, "latency_ms": 0.1}}
                     for c in sorted(classes)},
+        "devices": [{"id": d, "class": d[:-2], "installed_sha256": d[:-2] * 8} for d in devices
+                    if how != "stranger" or d != "phone-1"],
     }))
 emit("done")
 """

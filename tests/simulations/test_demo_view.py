@@ -12,7 +12,6 @@ from fleetprune_sim.demo_state import (
     FleetState,
     apply,
     describe,
-    device_figures,
     scaled,
     size,
     strangers,
@@ -45,6 +44,7 @@ def example() -> dict:
             },
             "accuracy": 0.97 * group.macs_share**0.01,
             "within_budget": True,
+            "traffic": {"up_bytes": 246_912, "down_bytes": 15_308_642},
         }
     return {
         "schema": 1,
@@ -55,10 +55,7 @@ def example() -> dict:
         "dense": {"params": 51_000, "bytes": 214_533, "macs": DENSE_MACS, "accuracy": 0.9721},
         "traffic": {"up_bytes_per_client_round": 8_123.0, "dense_up_bytes_per_client_round": 2e5},
         "classes": classes,
-        "devices": [
-            {"id": d, "class": c, "bytes_up": 123_456, "bytes_down": 7_654_321}
-            for d, c in DEVICES.items()
-        ],
+        "devices": [{"id": d, "class": c, "installed_sha256": c * 4} for d, c in DEVICES.items()],
     }
 
 
@@ -81,14 +78,11 @@ ROUND = {
 INSTALLED = {
     "event": "installed",
     "device": "sensor-2",
-    "class": "sensor",
+    "device_class": "sensor",
     "release": 1,
-    "sha256": "sensor" * 4,
     "accuracy": 0.963,
     "latency_ms": 0.1,
     "rss_mb": 78.4,
-    "bytes_up": 100,
-    "bytes_down": 200,
 }
 
 
@@ -128,8 +122,8 @@ def test_table_says_when_a_budget_is_exceeded_and_lists_every_limit():
 def test_table_without_what_may_be_missing():
     summary = example()
     summary["dense"] = {"macs": DENSE_MACS, "accuracy": None}
-    summary["devices"] = []
     for group in summary["classes"].values():
+        del group["traffic"]
         group["budget"] = {}
         group["accuracy"] = None
         group["artifact"]["latency_ms"] = None
@@ -178,7 +172,7 @@ def test_rounds_add_up():
 
 
 def test_states_of_a_device():
-    state = apply(beginning(), {"event": "enrolled", "device": "phone-1", "class": "phone"})
+    state = apply(beginning(), {"event": "enrolled", "device": "phone-1", "device_class": "phone"})
     assert state.devices["phone-1"].doing == "enrolled"
     for event, doing in (("calibrate", "calibrating"), ("release", "updating")):
         state = apply(state, {"event": event})
@@ -187,10 +181,18 @@ def test_states_of_a_device():
     assert state.devices["phone-1"].doing == "rolled back: x"
 
 
+def test_what_takes_long_before_the_first_round_has_a_name():
+    state = beginning()
+    for device, name in DEVICES.items():
+        assert "graphs" not in state.news
+        state = apply(state, {"event": "enrolled", "device": device, "device_class": name})
+    assert state.news == "everyone is here; making the graphs of every class"
+
+
 def test_unknown_events_and_devices_do_no_harm():
     state = apply(beginning(), {"event": "from the future", "device": "phone-1"})
     assert state == beginning()
-    state = apply(state, {"event": "enrolled", "device": "tablet-1", "class": "tablet"})
+    state = apply(state, {"event": "enrolled", "device": "tablet-1", "device_class": "tablet"})
     assert state.devices["tablet-1"].device_class == "tablet"
     assert apply(state, {}) == state
 
@@ -198,11 +200,15 @@ def test_unknown_events_and_devices_do_no_harm():
 @pytest.mark.parametrize(
     ("event", "line"),
     [
-        ({"event": "enrolled", "device": "a", "class": "b"}, "a enrolled as b"),
+        ({"event": "enrolled", "device": "a", "device_class": "b"}, "a enrolled as b"),
         (ROUND, "round 7/20  loss 0.512  1.2 s  up 1.2 MB  down 9.9 MB  6 devices"),
         ({"event": "remask", "mask_version": 3}, "masks solved again: version 3"),
-        ({"event": "calibrate"}, "calibrating every class's BatchNorm statistics"),
-        ({"event": "release", "release": 1}, "release 1 signed and announced"),
+        (
+            {"event": "calibrate", "step": 2, "of": 8},
+            "BatchNorm statistics calibrated: pass 2 of at most 8",
+        ),
+        ({"event": "waiting", "devices": 2, "expected": 6}, "waiting for devices: 2 of 6"),
+        ({"event": "release", "number": 1}, "release 1 signed and announced"),
         (INSTALLED, "sensor-2 runs release 1, 96.3% right on its own data"),
         ({"event": "done"}, "every device runs the release made for its class"),
         ({"event": "other"}, ""),
@@ -212,31 +218,13 @@ def test_events_in_words(event, line):
     assert describe(event) == line
 
 
-def test_devices_of_a_summary():
-    figures = device_figures(apply(beginning(), INSTALLED))
-    assert [f["id"] for f in figures] == list(DEVICES)
-    assert figures[-1] == {
-        "id": "sensor-2",
-        "class": "sensor",
-        "installed_sha256": "sensor" * 4,
-        "release": 1,
-        "accuracy": 0.963,
-        "latency_ms": 0.1,
-        "rss_mb": 78.4,
-        "bytes_up": 100,
-        "bytes_down": 200,
-    }
-    assert figures[0]["installed_sha256"] is None
-
-
 def test_strangers_run_something_else_or_nothing():
-    state = beginning()
-    for device, name in DEVICES.items():
-        state = apply(state, {**INSTALLED, "device": device, "class": name, "sha256": name * 4})
-    assert strangers(state, example()) == []
-    wrong = apply(state, {**INSTALLED, "device": "phone-2", "class": "phone", "sha256": "f" * 8})
-    assert strangers(wrong, example()) == ["phone-2"]
-    assert strangers(beginning(), example()) == list(DEVICES)
+    summary = example()
+    assert strangers(summary, DEVICES) == []
+    summary["devices"][3]["installed_sha256"] = "f" * 8
+    summary["devices"][4]["installed_sha256"] = None
+    del summary["devices"][5]
+    assert strangers(summary, DEVICES) == ["phone-2", "sensor-1", "sensor-2"]
 
 
 def test_reader_gives_whole_lines_once(tmp_path):

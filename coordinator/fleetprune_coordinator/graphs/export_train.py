@@ -177,7 +177,7 @@ def export_train_step(
     )
     if not writer.uses("RandomUniform"):
         exact = _training_step(model, function, student, torch.float64)
-        meta = check.with_expected(meta, _reference(exact, meta, weight_decay, gates))
+        meta = _expect(exact, meta, weight_decay, gates)
     onnx = writer.serialize({METADATA_KEY: meta.to_json()})
     check.check_here(onnx, meta)
     return finished(onnx, meta)
@@ -359,10 +359,8 @@ def _taylor(
     return low.op("Mul", total, total)
 
 
-def _reference(
-    step: TrainingStep, meta: GraphMeta, weight_decay: float, gates: Gates
-) -> dict[str, torch.Tensor]:
-    """The outputs for the reference inputs: torch, float64, live samples only, lr = 1."""
+def _expect(step: TrainingStep, meta: GraphMeta, weight_decay: float, gates: Gates) -> GraphMeta:
+    """Add what torch makes of the reference inputs: float64, live samples only, lr = 1."""
     feeds, live = check.doubles(meta), meta.verification.live
     params = check.split_like(feeds["params"], step.params)
     stats = check.split_like(feeds["stats"], step.stats) if step.stats else []
@@ -376,19 +374,21 @@ def _reference(
         "momentum_out": check.flatten(moved),
         "params_out": feeds["params"] - check.flatten(moved),
     }
+    scales = {}
     if stats:
         outputs["stats_out"] = check.flatten(stats)
     if gates:
-        products = {
-            n: p * g for n, p, g in zip(step.params, params, gradients, strict=True)
-        }
+        products = {n: p * g for n, p, g in zip(step.params, params, gradients, strict=True)}
+        absolute = {n: p.abs() for n, p in products.items()}
         outputs["taylor"] = torch.cat([_group_scores(group, products) for group in gates])
-    return outputs
+        scales["taylor"] = torch.cat([_group_scores(group, absolute) for group in gates])
+    return check.with_expected(meta, outputs, scales)
 
 
 def _group_scores(
     group: Sequence[GateMember], products: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
+    """(units,) squares of the units' sums."""
     total = torch.zeros(group[0].units, dtype=torch.float64)
     for m in group:
         part = products[m.parameter].narrow(m.axis, m.start, m.units * m.block)

@@ -218,11 +218,11 @@ class Lowering:
 
     # The walk.
 
-    def run(self, graph: fx.GraphModule) -> list[Value]:
+    def run(self, graph: fx.GraphModule) -> Any:
         """Lower all nodes; the placeholders' values must already be in `values`.
 
         Returns:
-            The graph's outputs.
+            The value that the traced function returned, or a list of them if it returned several.
 
         Raises:
             NotLoweredError: An operator cannot be lowered.
@@ -239,7 +239,7 @@ class Lowering:
             elif node.op == "call_function":
                 self.values[node] = self._lower(node)
             elif node.op == "output":
-                return list(fx.node.map_arg(node.args[0], self.values.__getitem__))
+                return _replace(node.args[0], self.values)
         raise ValueError("traced graph without outputs")
 
     def _lower(self, node: fx.Node) -> Lowered:

@@ -126,6 +126,42 @@ def index_add(
     return low.result(call, name)
 
 
+@lowers("aten.gather")
+def gather(low: Lowering, call: Call, x: Value, axis: int, index: Value, _sparse: bool) -> Value:
+    """y[i][j] = x[i][index[i][j]], for axis 1."""
+    name = low.op(
+        "GatherElements", low.plain(x), low.plain(index), axis=axis % len(x.shape)
+    )
+    return low.result(call, name)
+
+
+@lowers("aten.scatter")
+def scatter(
+    low: Lowering, call: Call, x: Value, axis: int, index: Value, source: Any, *_: Any
+) -> Value:
+    """A copy of x with x[i][index[i][j]] = source[i][j], for axis 1; source may be a number."""
+    if isinstance(source, Value):
+        updates = low.plain(source)
+    else:
+        updates = low.op("Expand", low.scalar(source, call.dtype), low.dims(index.shape))
+    name = low.op(
+        "ScatterElements", low.plain(x), low.plain(index), updates, axis=axis % len(x.shape)
+    )
+    return low.result(call, name)
+
+
+@lowers("aten.scatter_add")
+def scatter_add(
+    low: Lowering, call: Call, x: Value, axis: int, index: Value, source: Value
+) -> Value:
+    """x[i][index[i][j]] += source[i][j], for axis 1."""
+    name = low.op(
+        "ScatterElements", low.plain(x), low.plain(index), low.plain(source),
+        axis=axis % len(x.shape), reduction="add",
+    )
+    return low.result(call, name)
+
+
 @lowers("aten.bernoulli")
 def bernoulli(low: Lowering, call: Call, x: Value, p: Any, *_: Any) -> Value:
     """1 with probability p, else 0; new in every run."""

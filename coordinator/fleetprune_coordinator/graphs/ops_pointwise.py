@@ -17,6 +17,7 @@ UNARY = {
     "neg": "Neg",
     "relu": "Relu",
     "sigmoid": "Sigmoid",
+    "sgn": "Sign",
     "sign": "Sign",
     "sin": "Sin",
     "tanh": "Tanh",
@@ -42,6 +43,16 @@ COMPARISONS = {
     "le": "LessOrEqual",
     "lt": "Less",
 }
+
+
+@lowers("aten.ne")
+def ne(low: Lowering, call: Call, x: Operand, y: Operand) -> Value:
+    """Whether x and y differ."""
+    compute = result_type(x, y)
+    compute = "int64" if compute == "bool" else compute
+    return low.pointwise(
+        call, lambda a, b: low.op("Not", low.op("Equal", a, b)), x, y, compute=compute
+    )
 
 
 def _register_unary(target: str, op_type: str, zero_safe: bool) -> None:

@@ -125,6 +125,12 @@ def softmax(low: Lowering, call: Call, x: Value, axis: int, _half: bool) -> Valu
     return low.result(call, low.op("Softmax", low.plain(x), axis=axis))
 
 
+@lowers("aten._safe_softmax")
+def safe_softmax(low: Lowering, call: Call, x: Value, axis: int, _dtype: Any) -> Value:
+    """Softmax of attention scores. A row that is masked altogether gives NaN, where torch has 0."""
+    return low.result(call, low.op("Softmax", low.plain(x), axis=axis))
+
+
 @lowers("aten._log_softmax")
 def log_softmax(low: Lowering, call: Call, x: Value, axis: int, _half: bool) -> Value:
     """x - log(sum(exp(x)))."""

@@ -199,7 +199,7 @@ def stack(low: Lowering, call: Call, parts: Sequence[Value], axis: int) -> Value
     return low.result(call, low.op("Concat", *names, axis=axis))
 
 
-@lowers("aten.split", "aten.split_with_sizes")
+@lowers("aten.split", "aten.split_with_sizes", "aten.unsafe_split")
 def split(low: Lowering, call: Call, x: Value, _sizes: Any, axis: int) -> list[Value]:
     """Cut along one axis."""
     axis %= len(x.shape)

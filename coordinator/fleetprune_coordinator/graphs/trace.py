@@ -23,6 +23,8 @@ TAKEN_APART = (
     _aten.addcmul,
     _aten.binary_cross_entropy,
     _aten.binary_cross_entropy_backward,
+    _aten.binary_cross_entropy_with_logits,
+    _aten.channel_shuffle,
     _aten.elu,
     _aten.elu_backward,
     _aten.gelu,
@@ -95,10 +97,12 @@ def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def trace(function: Callable[..., Any], *inputs: torch.Tensor) -> fx.GraphModule:
     """The ATen operators that `function` calls on tensors like `inputs`."""
-    with warnings.catch_warnings(), torch_alike():
-        warnings.simplefilter("ignore")
+    with torch_alike():
         graph = make_fx(
-            function, decomposition_table=get_decompositions(TAKEN_APART), tracing_mode="fake"
+            function,
+            decomposition_table=get_decompositions(TAKEN_APART),
+            tracing_mode="fake",
+            _allow_non_fake_inputs=True,
         )(*inputs)
     graph.graph.eliminate_dead_code(
         is_impure_node=lambda n: n.op in ("placeholder", "output") or "batch_norm" in str(n.target)
@@ -112,7 +116,11 @@ def torch_alike() -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+        with (
+            warnings.catch_warnings(action="ignore"),
+            sdpa_kernel(SDPBackend.MATH),
+            torch.backends.mkldnn.flags(enabled=False),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -1,0 +1,121 @@
+"""Runs the coordinator's graphs: sessions, the processor's memory layout, and a check before use.
+
+A graph made for another memory layout computes wrong numbers and raises nothing. So a device
+reports its layout (`probe_block`), gets the matching graph and a portable one, and runs `verify`
+before it trusts either; when the fast one is refused it falls back to the portable one.
+"""
+
+import base64
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from fleetprune.errors import GraphError
+from fleetprune.graphmeta import (
+    METADATA_KEY,
+    GraphMeta,
+    check_outputs,
+    parse_graph_meta,
+    reference_feeds,
+)
+
+_PROBE_GRAPH = (
+    "CAk6hQEKKgoBeBICdDEiDFJlb3JkZXJJbnB1dDoTY29tLm1pY3Jvc29mdC5uY2h3YwoRCgJ0MRIBeSII"
+    "SWRlbnRpdHkSCmZsZWV0cHJ1bmVaGwoBeBIWChQIARIQCgIIAQoCCBAKAggBCgIIAmIbCgF5EhYKFAgB"
+    "EhAKAggBCgIIEAoCCAEKAggCQgQKABASQhcKE2NvbS5taWNyb3NvZnQubmNod2MQAQ=="
+)
+"""One node, ReorderInput of x (1, 16, 1, 2) float32, as ONNX in base64.
+
+Made by `fleetprune_coordinator.graphs.verification.probe_model`; a test compares the two.
+"""
+
+
+def training_session(onnx: bytes, threads: int = 1) -> ort.InferenceSession:
+    """A session for a train_step or observe graph.
+
+    Such a graph is final: onnxruntime's rewriting would cost time and memory and gain nothing.
+    The memory planner keeps far more alive than the arena needs (587 against 255 MB for
+    MobileNetV2), and running nodes in the order of the file is the cheapest order.
+
+    Args:
+        onnx: The graph.
+        threads: Processor cores to use.
+
+    Raises:
+        GraphError: onnxruntime cannot load it.
+    """
+    options = _options(threads)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    options.enable_mem_pattern = False
+    return _session(onnx, options)
+
+
+def inference_session(onnx: bytes, threads: int = 1) -> ort.InferenceSession:
+    """A session for an infer graph, which onnxruntime rewrites to its fastest form.
+
+    Args:
+        onnx: The graph.
+        threads: Processor cores to use.
+
+    Raises:
+        GraphError: onnxruntime cannot load it.
+    """
+    return _session(onnx, _options(threads))
+
+
+def _options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only
+    return options
+
+
+def _session(onnx: bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # onnxruntime's errors have no common base
+        raise GraphError(f"onnxruntime cannot load the graph: {e}") from e
+
+
+def session_meta(session: ort.InferenceSession) -> GraphMeta:
+    """What the session's graph says about itself; GraphError if it says nothing."""
+    entries: dict[str, str] = session.get_modelmeta().custom_metadata_map
+    if METADATA_KEY not in entries:
+        raise GraphError(f"graph without the metadata entry {METADATA_KEY!r}")
+    return parse_graph_meta(entries[METADATA_KEY])
+
+
+def probe_block() -> int:
+    """Channels per block of this processor's memory layout: 16, 8, or 0 where there is none.
+
+    Fed with 0, 1, 2, ... the probe holds 1 (channel 0, column 1) behind one block of column 0.
+    """
+    x = np.arange(32, dtype=np.float32).reshape(1, 16, 1, 2)
+    try:
+        session = training_session(base64.b64decode(_PROBE_GRAPH))
+        y: list[float] = session.run(None, {"x": x})[0].ravel().tolist()
+    except Exception:  # noqa: BLE001  (a build without these operators; no common base)
+        return 0
+    return y.index(1.0) if y.index(1.0) in (8, 16) else 0
+
+
+def verify(session: ort.InferenceSession, meta: GraphMeta) -> None:
+    """Run the graph once on its reference inputs and compare with the coordinator's numbers.
+
+    Args:
+        session: Of the graph.
+        meta: The graph's metadata, see `session_meta`.
+
+    Raises:
+        GraphError: The graph cannot run here, or computes wrong numbers.
+    """
+    names = [output.name for output in session.get_outputs()]
+    feeds: dict[str, Any] = reference_feeds(meta)
+    try:
+        values = session.run(names, feeds)
+    except Exception as e:  # onnxruntime's errors have no common base
+        raise GraphError(f"{meta.kind} graph does not run on this machine: {e}") from e
+    check_outputs(meta, dict(zip(names, values, strict=True)))

@@ -1,0 +1,206 @@
+"""The inference graph: what a release ships. Weights are constants, the batch size is open."""
+
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from fleetprune.errors import GraphError
+from fleetprune.graphmeta import METADATA_KEY, GraphMeta, Verification, reference_feeds
+from fleetprune_coordinator.graphs import verification as check
+from fleetprune_coordinator.graphs.lowering import BATCH, Lowering, NotLoweredError, dtype_name
+from fleetprune_coordinator.graphs.trace import explain, prepare, trace
+from fleetprune_coordinator.graphs.types import Graph, finished
+from fleetprune_coordinator.graphs.values import Value
+from fleetprune_coordinator.graphs.writer import GraphWriter
+
+AGREEMENT = 1e-4
+"""Largest error against torch in float64, relative to the output's norm."""
+
+_aten = torch.ops.aten
+_BATCH_NORMS = ("aten.native_batch_norm", "aten._native_batch_norm_legit")
+
+
+def export_infer(model: nn.Module, example: torch.Tensor) -> Graph:
+    """The model in evaluation mode.
+
+    Input: x (n, *shape) for any n. Output: y (n, ...). BatchNorm is folded into the convolution
+    or linear layer before it, where nothing else reads that layer's output.
+
+    Args:
+        model: With the weights to ship.
+        example: (n, *shape); shape and dtype count, and of integers the largest.
+
+    Raises:
+        GraphError: A layer cannot be lowered, or the graph does not agree with torch for one
+            sample and for three.
+    """
+    twin = prepare(model).eval()
+    tensors = {n: t.detach() for n, t in [*twin.named_parameters(), *twin.named_buffers()]}
+
+    def forward(x: torch.Tensor, *values: torch.Tensor) -> Any:
+        named = dict(zip(tensors, values, strict=True))
+        return torch.func.functional_call(twin, named, (x,))
+
+    writer = GraphWriter()
+    try:
+        _write(writer, forward, example, tensors)
+    except NotLoweredError as e:
+        raise explain(e, model, example[:1]) from e
+    shape = tuple(example.shape[1:])
+    meta = GraphMeta(
+        kind="infer",
+        verification=Verification(x=check.reference_input(example, (3, *shape)), live=3),
+    )
+    exact = prepare(model).eval().double()
+    with torch.no_grad():
+        y = exact(check.doubles(meta)["x"])
+    meta = check.with_expected(meta, {"y": y})
+    onnx = writer.serialize({METADATA_KEY: meta.to_json()})
+    _check_batches(onnx, meta, y)
+    return finished(onnx, meta)
+
+
+def _write(
+    writer: GraphWriter, forward: Any, example: torch.Tensor, tensors: dict[str, torch.Tensor]
+) -> None:
+    shape, dtype = tuple(example.shape[1:]), dtype_name(example.dtype)
+    batch = torch.empty((BATCH, *shape), dtype=example.dtype)  # never touched: traced only
+    with torch.no_grad():
+        traced = trace(forward, batch, *tensors.values())
+    nodes = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    constants = dict(zip(nodes[1:], tensors.values(), strict=True))
+    fold_batch_norms(traced, constants)
+
+    x = writer.input("x", ("n", *shape), dtype)
+    low = Lowering(writer)
+    low.batch_size = writer.op("Shape", x, start=0, end=1)
+    low.values[nodes[0]] = Value((BATCH, *shape), dtype, plain=x)
+    low.values.update(
+        (node, Value(tuple(t.shape), dtype_name(t.dtype), constant=t.numpy()))
+        for node, t in constants.items()
+    )
+    outputs = low.run(traced)
+    if not isinstance(outputs, Value):
+        raise GraphError("the model returns several outputs, expected one tensor")
+    sizes = ["n" if size % BATCH == 0 else size for size in outputs.shape]
+    writer.output(low.plain(outputs), "y", sizes, outputs.dtype)
+
+
+def fold_batch_norms(traced: fx.GraphModule, constants: dict[fx.Node, torch.Tensor]) -> None:
+    """Fold each BatchNorm into the convolution or linear layer that alone feeds it.
+
+    With s = w / sqrt(var + eps): weight * s per output channel, bias = (bias - mean) * s + b.
+
+    Args:
+        traced: Is changed in place.
+        constants: The tensors behind placeholders.
+    """
+    for node in list(traced.graph.nodes):
+        name = getattr(getattr(node.target, "_schema", None), "name", "").replace("::", ".")
+        if name not in _BATCH_NORMS or len(node.args) != 8 or node.args[5]:
+            continue
+        source, *vectors = node.args[:5]
+        if len(source.users) != 1 or any(v is not None and v not in constants for v in vectors):
+            continue
+        scale, shift = _affine([constants.get(v) for v in vectors], node.args[7])
+        if _absorb(traced, source, constants, scale, shift):
+            for reader in list(node.users):
+                if reader.target is operator.getitem and reader.args[1] == 0:
+                    reader.replace_all_uses_with(source)
+                traced.graph.erase_node(reader)
+            traced.graph.erase_node(node)
+
+
+def _affine(
+    vectors: list[torch.Tensor | None], eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """BatchNorm as x * scale + shift, float64."""
+    weight, bias, mean, variance = (None if v is None else v.double() for v in vectors)
+    if mean is None or variance is None:
+        raise GraphError("BatchNorm without running statistics cannot be used for inference")
+    scale = torch.rsqrt(variance + eps)
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
+def _absorb(
+    traced: fx.GraphModule,
+    source: fx.Node,
+    constants: dict[fx.Node, torch.Tensor],
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+) -> bool:
+    """Put x * scale + shift into the layer that computes x; False where it is no such layer."""
+    if source.target is _aten.convolution.default:
+        x, weight, bias, *rest = source.args
+        if weight not in constants or rest[3] or (bias is not None and bias not in constants):
+            return False
+        new_weight, new_bias = _scaled(constants, weight, bias, scale, shift)
+        with traced.graph.inserting_before(source):
+            parts = [_constant(traced, constants, t) for t in (new_weight, new_bias)]
+        source.args = (x, *parts, *rest)
+        return True
+    if source.target in (_aten.addmm.default, _aten.mm.default) and not source.kwargs:
+        *bias, x, turned = source.args
+        if turned.target is not _aten.t.default or turned.args[0] not in constants:
+            return False
+        if bias and bias[0] not in constants:
+            return False
+        new_weight, new_bias = _scaled(
+            constants, turned.args[0], bias[0] if bias else None, scale, shift
+        )
+        with traced.graph.inserting_before(source):
+            weight_node = _constant(traced, constants, new_weight)
+            bias_node = _constant(traced, constants, new_bias)
+            turn = traced.graph.call_function(_aten.t.default, (weight_node,))
+        turn.meta["val"] = turned.meta["val"]
+        source.target, source.args = _aten.addmm.default, (bias_node, x, turn)
+        return True
+    return False
+
+
+def _scaled(
+    constants: dict[fx.Node, torch.Tensor],
+    weight: fx.Node,
+    bias: fx.Node | None,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tensor = constants[weight].double()
+    column = scale.reshape(-1, *[1] * (tensor.dim() - 1))
+    offset = shift if bias is None else shift + constants[bias].double() * scale
+    return (tensor * column).float(), offset.float()
+
+
+def _constant(
+    traced: fx.GraphModule, constants: dict[fx.Node, torch.Tensor], tensor: torch.Tensor
+) -> fx.Node:
+    """A node for a new constant."""
+    name = f"folded{len(constants)}"
+    traced.register_buffer(name, tensor)
+    node = traced.graph.get_attr(name)
+    constants[node] = tensor
+    return node
+
+
+def _check_batches(onnx: bytes, meta: GraphMeta, y: torch.Tensor) -> None:
+    """Compare one sample and three with torch."""
+    feeds, exact = reference_feeds(meta), y.numpy()
+    for count in (1, 3):
+        got = check.run(onnx, {"x": feeds["x"][:count]}, optimise=True)["y"]
+        want = exact[:count]
+        if got.shape != want.shape:
+            raise GraphError(
+                f"inference graph: y of shape {got.shape} for {count} samples, "
+                f"expected {want.shape}"
+            )
+        error = float(np.linalg.norm(got - want) / (np.linalg.norm(want) or 1.0))
+        if not error <= AGREEMENT:
+            raise GraphError(
+                f"inference graph differs from torch by {error:.1e} for {count} samples, "
+                f"tolerated is {AGREEMENT:.1e}"
+            )

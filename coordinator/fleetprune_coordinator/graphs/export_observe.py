@@ -1,0 +1,211 @@
+"""The observing graph: activations per input channel, and exact BatchNorm statistics.
+
+All its sums are additive: added up over devices they are those of the pooled data. The score
+|W| * ||X||_2 of Wanda needs `sumsq`; a narrower model's BatchNorm is recalibrated from
+`bn_sum / bn_count` and `bn_sumsq / bn_count`, without any sample leaving its device.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from fleetprune.errors import GraphError
+from fleetprune.graphmeta import METADATA_KEY, GraphMeta, Verification
+from fleetprune_coordinator.graphs import verification as check
+from fleetprune_coordinator.graphs.export_train import split_state
+from fleetprune_coordinator.graphs.lowering import Lowering, NotLoweredError, dtype_name
+from fleetprune_coordinator.graphs.trace import explain, is_batch_norm, prepare, statistics, trace
+from fleetprune_coordinator.graphs.types import Graph, finished
+from fleetprune_coordinator.graphs.values import Value
+from fleetprune_coordinator.graphs.writer import GraphWriter
+
+OUTPUTS = ("logits", "sumsq", "bn_sum", "bn_sumsq", "bn_count")
+
+
+@dataclass
+class Observation:
+    """The observing pass as a torch function of tensors alone."""
+
+    model: nn.Module
+    """In evaluation mode; hooks are added to it."""
+    observed: Sequence[str]
+    params: dict[str, torch.Tensor] = field(init=False)
+    stats: dict[str, torch.Tensor] = field(init=False)
+    _seen: dict[str, list[torch.Tensor]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.params = {n: p.detach() for n, p in self.model.named_parameters()}
+        self.stats = statistics(self.model)
+        self._layers = [observed_layer(self.model, name) for name in self.observed]
+        self._norms = [
+            name.removesuffix(".running_mean").removesuffix("running_mean")
+            for name in self.stats
+            if name.endswith("running_mean")
+        ]
+        paths = {name.rpartition(".")[0] for name in self.observed} | set(self._norms)
+        for path, module in self.model.named_modules():
+            if path in paths:
+                module.register_forward_pre_hook(
+                    lambda _, args, path=path: self._seen.setdefault(path, []).append(args[0])
+                )
+
+    def __call__(
+        self, x: torch.Tensor, sw: torch.Tensor, *state: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Logits, sumsq (Q,) and, with BatchNorm, bn_sum (S/2,), bn_sumsq (S/2,), bn_count (B,).
+
+        Args:
+            x: (batch, *shape).
+            sw: (batch,) sample weights.
+            *state: Parameters, then BatchNorm statistics.
+        """
+        self._seen.clear()
+        tensors = dict(zip([*self.params, *self.stats], state, strict=True))
+        logits = torch.func.functional_call(self.model, tensors, (x,))
+        sums = []
+        for name, layer in zip(self.observed, self._layers, strict=True):
+            inputs = self._inputs(name.rpartition(".")[0], len(sw))
+            sums.append(sum(_input_squares(layer, i, sw) for i in inputs))
+        outputs = [logits, torch.cat(sums) if sums else sw[:0]]
+        if self._norms:
+            moments = [self._moments(path, sw) for path in self._norms]
+            outputs += [
+                torch.cat([m[0] for m in moments]),
+                torch.cat([m[1] for m in moments]),
+                torch.stack([m[2] for m in moments]),
+            ]
+        return outputs
+
+    def _inputs(self, path: str, batch: int) -> list[torch.Tensor]:
+        inputs = self._seen.get(path)
+        if not inputs:
+            raise GraphError(f"layer '{path}' is never called")
+        if any(i.shape[0] != batch for i in inputs):
+            raise GraphError(f"layer '{path}' does not see samples along its input's first axis")
+        return inputs
+
+    def _moments(self, path: str, sw: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Per channel sum and sum of squares of the input, and the weight of all positions."""
+        inputs = self._inputs(path, len(sw))
+        total = sum(sw @ _per_sample(i) for i in inputs)
+        squares = sum(sw @ _per_sample(i * i) for i in inputs)
+        count = sw.sum() * float(sum(prod(i.shape[2:]) for i in inputs))
+        return total, squares, count  # type: ignore[return-value]
+
+
+def observed_layer(model: nn.Module, name: str) -> nn.Module:
+    """The layer whose weight is called `name`."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        layer = model.get_submodule(path)
+    except AttributeError as e:
+        raise GraphError(f"observed weight {name}: the model has no such layer") from e
+    if leaf != "weight" or not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+        raise GraphError(
+            f"observed weight {name}: expected the weight of a Conv1d, Conv2d or Linear, "
+            f"got {leaf!r} of a {type(layer).__name__}"
+        )
+    return layer
+
+
+def _per_sample(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, ...) -> (N, C), summed over positions."""
+    return x.flatten(2).sum(2) if x.dim() > 2 else x
+
+
+def _input_squares(layer: nn.Module, x: torch.Tensor, sw: torch.Tensor) -> torch.Tensor:
+    """Sum of squares per index of the weight's axis 1; that of all groups together."""
+    squares = x * x
+    if isinstance(layer, nn.Linear):
+        squares = squares.flatten(1, -2).sum(1) if x.dim() > 2 else squares
+        return sw @ squares
+    total = sw @ _per_sample(squares)
+    groups: Any = layer.groups
+    return total.view(groups, -1).sum(0) if groups > 1 else total
+
+
+def export_observe(
+    model: nn.Module, example: torch.Tensor, *, batch: int, observed: Sequence[str]
+) -> Graph:
+    """A forward pass in evaluation mode that measures what layers get.
+
+    Inputs: x (batch, *shape), sw (batch,) float32, params (P,), and stats (S,) if the model has
+    BatchNorm. Outputs: logits (batch, classes); sumsq (Q,), for each observed weight in order,
+    per input channel (the weight's axis 1), sw times the squared input, summed over samples and
+    positions; and with BatchNorm bn_sum (S/2,) and bn_sumsq (S/2,), the same for each BatchNorm's
+    input and its square, and bn_count (number of BatchNorms,), sum(sw) times positions.
+
+    Args:
+        model: Its weights are inputs of the graph.
+        example: (n, *shape); shape and dtype count, and of integers the largest.
+        batch: Samples per call.
+        observed: Names of weights of Conv1d, Conv2d or Linear layers.
+
+    Raises:
+        GraphError: A layer cannot be lowered, a name is wrong, or the graph computes something
+            else than torch.
+    """
+    observation = Observation(prepare(model).eval(), observed)
+    x = example[:1].expand(batch, *example.shape[1:]).contiguous()
+    writer = GraphWriter()
+    try:
+        sizes = _write(writer, observation, x)
+    except NotLoweredError as e:
+        raise explain(e, model, x) from e
+    meta = GraphMeta(
+        kind="observe",
+        batch=batch,
+        parameters=_count(observation.params),
+        statistics=_count(observation.stats),
+        observed=sizes["sumsq"][0],
+        verification=Verification(
+            x=check.reference_input(example, tuple(x.shape)),
+            live=check.live_samples(batch),
+            params=check.parameter_runs(observation.params),
+            stats=check.statistic_runs(observation.stats),
+        ),
+    )
+    exact = Observation(prepare(model).double().eval(), observed)
+    feeds = check.doubles(meta)
+    params = check.split_like(feeds["params"], exact.params)
+    stats = check.split_like(feeds["stats"], exact.stats) if exact.stats else []
+    with torch.no_grad():
+        values = exact(feeds["x"], feeds["sw"], *params, *stats)
+    named = dict(zip(OUTPUTS, values, strict=False))
+    meta = check.with_expected(meta, {n: v for n, v in named.items() if n in sizes and len(v)})
+    onnx = writer.serialize({METADATA_KEY: meta.to_json()})
+    check.check_here(onnx, meta)
+    return finished(onnx, meta)
+
+
+def _count(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(t.numel() for t in tensors.values())
+
+
+def _write(
+    writer: GraphWriter, observation: Observation, x: torch.Tensor
+) -> dict[str, tuple[int, ...]]:
+    """Write the whole graph; returns its outputs' shapes."""
+    sw = torch.ones(len(x))
+    params, stats = observation.params, observation.stats
+    with torch.no_grad():
+        traced = trace(observation, x, sw, *params.values(), *stats.values())
+    inputs = [
+        Value(tuple(t.shape), dtype_name(t.dtype),
+              plain=writer.input(name, t.shape, dtype_name(t.dtype)))
+        for name, t in (("x", x), ("sw", sw))
+    ]
+    inputs += split_state(writer, writer.input("params", (_count(params),), "float32"), params)
+    if stats:
+        inputs += split_state(writer, writer.input("stats", (_count(stats),), "float32"), stats)
+    low = Lowering(writer)
+    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    low.values.update(zip(placeholders, inputs, strict=True))
+    outputs = dict(zip(OUTPUTS, low.run(traced), strict=False))
+    for name, value in outputs.items():
+        writer.output(low.plain(value), name, value.shape)
+    return {name: value.shape for name, value in outputs.items()}
