@@ -10,6 +10,7 @@ Megabytes are 10**6 bytes.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -25,6 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from securesystemslib.signer import CryptoSigner
+from tuf.api.metadata import Metadata, Root
+
+from fleetprune.messages import Blob, Codec, GraphRef, Task
+from fleetprune.model_payload import encode_model
+from fleetprune.result import decode_result
+from fleetprune_agent.agent import probe
+from fleetprune_agent.data import split
+from fleetprune_agent.feedback import OnDisk
+from fleetprune_agent.memory import peak_rss_mb, quiet_malloc, rss_mb, trim
+from fleetprune_agent.readers import read_npz
+from fleetprune_agent.sessions import Graphs
+from fleetprune_agent.worker import Worker, WorkerSettings
 
 ROOT = Path(__file__).parent.parent
 SAMPLES, SHAPE, CLASSES, BATCH = 512, (3, 32, 32), 10, 32
@@ -57,9 +71,6 @@ def write_samples(file: Path) -> None:
 
 
 def write_root(file: Path) -> None:
-    from securesystemslib.signer import CryptoSigner
-    from tuf.api.metadata import Metadata, Root
-
     signer = CryptoSigner.generate_ed25519()
     root = Root(expires=datetime.now(UTC) + timedelta(days=365), consistent_snapshot=True)
     for role in ("root", "targets", "snapshot", "timestamp"):
@@ -98,9 +109,7 @@ def measure_idle(folder: Path) -> dict[str, float]:
 
 
 def measure_training(folder: Path, portable: bool, steps: int) -> dict[str, float]:
-    from fleetprune_agent.runtime import probe_block
-
-    block = 0 if portable else probe_block()
+    block = 0 if portable else probe()
     subprocess.run(
         [sys.executable, __file__, "--export", str(block), str(folder)], check=True, cwd=ROOT
     )
@@ -117,9 +126,10 @@ def measure_training(folder: Path, portable: bool, steps: int) -> dict[str, floa
 
 def export(block: int, folder: Path) -> None:
     """In a process of its own, since it needs torch."""
-    import torch
-    from fleetprune_coordinator.graphs import export_train_step
-    from fleetprune_sim.models import resnet8
+    import torch  # noqa: PLC0415
+
+    from fleetprune_coordinator.graphs import export_train_step  # noqa: PLC0415
+    from fleetprune_sim.models import resnet8  # noqa: PLC0415
 
     torch.manual_seed(0)
     net = resnet8(CLASSES)
@@ -137,17 +147,6 @@ def export(block: int, folder: Path) -> None:
 
 def train(steps: int, folder: Path) -> None:
     """In a process of its own, which has what an agent has and no more."""
-    import fleetprune_agent.agent  # noqa: F401  (all that a real agent imports)
-    from fleetprune.messages import Blob, Codec, GraphRef, Task
-    from fleetprune.model_payload import encode_model
-    from fleetprune.result import decode_result
-    from fleetprune_agent.data import split
-    from fleetprune_agent.feedback import OnDisk
-    from fleetprune_agent.memory import peak_rss_mb, quiet_malloc, rss_mb, trim
-    from fleetprune_agent.readers import read_npz
-    from fleetprune_agent.sessions import Graphs
-    from fleetprune_agent.worker import Worker, WorkerSettings
-
     quiet_malloc()
     samples = split(read_npz(folder / "samples.npz"), 0.2).train
     before = rss_mb()
@@ -197,8 +196,6 @@ def train(steps: int, folder: Path) -> None:
 
 
 def _sha256(data: bytes) -> str:
-    import hashlib
-
     return hashlib.sha256(data).hexdigest()
 
 

@@ -18,12 +18,14 @@ device's memory. All that must outlive the process lies below `config.state`:
 import logging
 import queue
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Final, Literal, cast
+from typing import Final, Literal
 
 from fleetprune.errors import FleetpruneError, MessageError
 from fleetprune.messages import Announcement, Enrol, Enrolled, Progress, Task, TaskAck
@@ -115,6 +117,7 @@ class Agent:
     def _prepare(self, stop: threading.Event) -> None:
         config, state = self.config, self.config.state
         root = read_root(config.root)
+        self._block = probe()
         self._split = split(load_samples(config.data), config.data.held_out)
         self._connection = Connection(
             config.broker,
@@ -162,6 +165,7 @@ class Agent:
             trim()
 
         self._jobs = Jobs(after_each=tidy)
+        trim()  # reading the samples took twice their size
 
     def _loop(self, stop: threading.Event) -> int:
         for task in self._inbox.waiting():
@@ -273,8 +277,6 @@ class Agent:
             self._jobs.put("report", self._duties.report)
 
     def _enrol(self) -> None:
-        from fleetprune_agent.runtime import probe_block  # noqa: PLC0415  (onnxruntime)
-
         config = self.config
         self._publish(
             "enrol",
@@ -284,7 +286,7 @@ class Agent:
                 agent_version=_version(),
                 trains=config.trains and self._split.train.y is not None,
                 samples=len(self._split.train),
-                block=cast(Literal[0, 8, 16], probe_block()),
+                block=self._block,
                 rss_mb=round(rss_mb(), 1),
             ).to_bytes(),
         )
@@ -317,6 +319,24 @@ class Agent:
     def _publish(self, kind: str, payload: bytes, *, retain: bool = False) -> bool:
         topic = self._topics.up(self.config.device, kind)
         return self._connection.publish(topic, payload, retain=retain)
+
+
+def probe() -> Literal[0, 8, 16]:
+    """Channel block of this processor, asked in a process of its own.
+
+    Loading onnxruntime costs 30 MB for as long as a process lives; an agent that only waits does
+    not need it. 0, which is right everywhere, if the other process fails.
+    """
+    code = "from fleetprune_agent.runtime import probe_block as p; print(p())"
+    try:
+        done = subprocess.run(  # noqa: S603  (our own interpreter and code)
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as e:
+        log.warning("the processor's memory layout is not known: %s", e)
+        return 0
+    answers: dict[str, Literal[8, 16]] = {"8": 8, "16": 16}
+    return answers.get(done.stdout.strip(), 0)
 
 
 def _version() -> str:

@@ -8,7 +8,7 @@ module has what is the same for all of them.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
@@ -44,12 +44,12 @@ class Samples:
         return tuple(self.x.shape[1:])
 
     def take(self, index: NDArray[np.intp]) -> "Samples":
-        """The samples at (k,) `index`, which still know where they came from."""
-        return replace(
-            self,
-            x=self.x[index],
-            y=None if self.y is None else self.y[index],
-            where=lambda i: self.where(int(index[i])),
+        """Copies of the samples at (k,) `index`, which still know where they came from."""
+        where = self.where  # alone: a reference to `self` would keep all samples in memory
+        return Samples(
+            self.x[index],
+            None if self.y is None else self.y[index],
+            lambda i: where(int(index[i])),
         )
 
     def expect(self, shape: tuple[int, ...], classes: int | None) -> None:

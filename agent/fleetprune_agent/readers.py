@@ -94,12 +94,13 @@ def _csv_part(file: Path, config: CsvData) -> Samples:
                 f"{file} row {window.row}: window {name} has {len(window.steps)} steps, "
                 f"but window {names[0]} has {steps}"
             )
-        rows = np.frombuffer(window.values).reshape(steps, -1)
-        x[i] = rows[np.argsort(window.steps, kind="stable")].T
+        values = np.frombuffer(window.values).reshape(steps, -1)
+        x[i] = values[np.argsort(window.steps, kind="stable")].T
     y = None
     if config.label is not None:
         y = np.array([_label(file, w, config.labels) for w in parts], np.int64)
-    return checked(x, y, lambda i: f"{file} row {parts[i].row}, window {names[i]}", str(file))
+    rows = [w.row for w in parts]
+    return checked(x, y, lambda i: f"{file} row {rows[i]}, window {names[i]}", str(file))
 
 
 def _csv_windows(file: Path, config: CsvData) -> dict[str, _Window]:
@@ -201,10 +202,11 @@ def _concatenate(parts: Sequence[Samples]) -> Samples:
             has, lacks = (first, part) if part.y is None else (part, first)
             raise DataError(f"{lacks.where(0)}: no labels, but {has.where(0)} has them")
     ends = np.cumsum([len(p) for p in parts])
+    names = [p.where for p in parts]  # alone: `parts` would keep all samples in memory twice
 
     def where(i: int) -> str:
         k = int(np.searchsorted(ends, i, side="right"))
-        return parts[k].where(i - int(ends[k - 1]) if k else i)
+        return names[k](i - int(ends[k - 1]) if k else i)
 
     y = [p.y for p in parts if p.y is not None]
     return Samples(np.concatenate([p.x for p in parts]), np.concatenate(y) if y else None, where)

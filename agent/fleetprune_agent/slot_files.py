@@ -1,7 +1,6 @@
 """The files of a slot, and which of them are believed.
 
-A slot is whole while its files match the hashes in its slot.json, which is written last and
-removed first. A file that does not parse is the same as one that is not there.
+A slot is whole while its files match the hashes in its slot.json, which is written last. A file that does not parse is the same as one that is not there.
 """
 
 from contextlib import suppress
@@ -22,6 +21,7 @@ RECORD = "slot.json"
 STAGING = "staging.json"
 
 SlotName = Literal["a", "b"]
+SLOTS: tuple[SlotName, ...] = ("a", "b")
 
 
 class State(StrEnum):
@@ -40,7 +40,7 @@ class Pointer(Message):
     attempts: int = Field(default=0, ge=0)
     """Starts while on trial."""
     previous: SlotName | None = None
-    """The slot that ran before and is still whole."""
+    """The slot that ran before: for people; what is believed is what is in the slots."""
 
 
 class Record(Message):
@@ -99,22 +99,24 @@ def read_message(path: Path, kind: type[M]) -> M | None:
         return None
 
 
-def read_whole(folder: Path, slot: SlotName, state: State) -> Installed | None:
-    """The release in a slot; None unless every file has its recorded hash."""
+def read_whole(folder: Path, slot: SlotName) -> Installed | None:
+    """The release in a slot; None unless every file has its recorded hash.
+
+    Its state is what the slot alone says: committed if it ever was.
+    """
     record = read_message(folder / RECORD, Record)
     if record is None or set(record.files) != {MODEL, GOLDEN}:
         return None
     with suppress(OSError):
         if all(sha256_of(folder / name) == sha for name, sha in record.files.items()):
+            state = State.COMMITTED if record.proven else State.TRIAL
             return Installed(slot, folder, record.manifest, state, record.proven)
     return None
 
 
 def wipe(folder: Path) -> None:
-    """Empty a slot, its record first, so that it stops counting before it stops being whole."""
+    """Empty a slot."""
     with storage_errors("clean", folder):
-        (folder / RECORD).unlink(missing_ok=True)
-        sync_folder(folder)
         for path in folder.iterdir():
             path.unlink()
         sync_folder(folder)

@@ -29,6 +29,7 @@ from fleetprune_agent.slot_files import (
     GOLDEN,
     MODEL,
     RECORD,
+    SLOTS,
     STAGING,
     Installed,
     Pointer,
@@ -55,14 +56,14 @@ class Slots:
         self._pointer = self.folder / "active.json"
         self._thread_lock = threading.RLock()
         self._lock_file: int | None = None
-        for name in ("a", "b"):
+        for name in SLOTS:
             make_folder(self.folder / name)
 
     def active(self) -> Installed | None:
         """The release to run; None: nothing is installed yet.
 
-        This is the pointer's slot, or the other one if the pointer's slot is damaged, or the
-        proven one if the pointer itself is.
+        This is the pointer's slot; the other one if that slot is damaged; and the better one if
+        the pointer itself is. Every whole slot has passed verification and its health check.
         """
         while True:
             pointer = self._read_pointer()
@@ -86,9 +87,9 @@ class Slots:
         """
         with self._locked():
             pointer, found = self._read_pointer(), self.active()
-            if pointer is None or found is None:
-                return found
-            if found.slot != pointer.slot:  # damaged; not the release's fault: it may come again
+            if found is None:
+                return None
+            if pointer is None or found.slot != pointer.slot:  # damaged; no release's fault
                 self._point(found, previous=None)
             elif self.fallback(found) is None:
                 return found  # nothing to go back to: whatever this is, it is better than none
@@ -114,7 +115,6 @@ class Slots:
             if active is not None and active.state is State.TRIAL:
                 active = self._step_back(active) or active
             folder = self.folder / self._idle(active)
-            self._forget_previous(folder.name)
             staging = Staging(manifest=manifest)
             found = read_message(folder / STAGING, Staging)
             if found is None or found.manifest != manifest:
@@ -159,7 +159,7 @@ class Slots:
                 for name in files:
                     sync_file(folder / name)
             write_atomic(folder / RECORD, Record(manifest=manifest, files=files).to_bytes())
-            found = self._whole(cast(SlotName, folder.name), State.TRIAL)
+            found = self._whole(cast(SlotName, folder.name))
             if found is None:
                 raise InstallError(f"{folder} changed while it was sealed")
             self._point(found, previous=None if before is None else before.slot)
@@ -215,15 +215,9 @@ class Slots:
             return self._step_back(active)
 
     def fallback(self, active: Installed) -> Installed | None:
-        """The other slot, if it is whole, ran before and did not fail."""
-        other = self._whole(_other(active.slot), State.COMMITTED)
-        if other is None or other.release in self.rejected():
-            return None
-        if other.proven:
-            return other
-        pointer = self._read_pointer()
-        ran = pointer is not None and pointer.previous == other.slot
-        return replace(other, state=State.TRIAL) if ran else None
+        """The other slot, if it is whole and did not fail."""
+        other = self._whole(_other(active.slot))
+        return None if other is None or other.release in self.rejected() else other
 
     def reject(self, release: int, reason: str) -> None:
         """Remember that a release failed on this device."""
@@ -244,22 +238,18 @@ class Slots:
 
     def _resolve(self, pointer: Pointer | None) -> Installed | None:
         if pointer is None:
-            both = [self._whole(name, State.COMMITTED) for name in ("a", "b")]
-            proven = [found for found in both if found is not None and found.proven]
-            return max(proven, key=self._preference, default=None)
-        found = self._whole(pointer.slot, pointer.state)
+            both = [found for name in SLOTS if (found := self._whole(name))]
+            return max(both, key=self._preference, default=None)
+        found = self._whole(pointer.slot)
         if found is not None and found.release == pointer.release:
-            return found
-        other = self._whole(_other(pointer.slot), State.COMMITTED)
-        if other is not None and (other.proven or pointer.previous == other.slot):
-            return other
-        return None
+            return replace(found, state=pointer.state)
+        return self._whole(_other(pointer.slot))
 
-    def _preference(self, found: Installed) -> tuple[bool, int]:
-        return found.release not in self.rejected(), found.release
+    def _preference(self, found: Installed) -> tuple[bool, bool, int]:
+        return found.release not in self.rejected(), found.proven, found.release
 
-    def _whole(self, slot: SlotName, state: State) -> Installed | None:
-        return read_whole(self.folder / slot, slot, state)
+    def _whole(self, slot: SlotName) -> Installed | None:
+        return read_whole(self.folder / slot, slot)
 
     def _step_back(self, active: Installed) -> Installed | None:
         other = self.fallback(active)
@@ -276,11 +266,6 @@ class Slots:
         if staging is None or staging.manifest != manifest:
             raise InstallError(f"release {manifest.release} is not staged in {folder}")
         return folder
-
-    def _forget_previous(self, slot: str) -> None:
-        pointer = self._read_pointer()
-        if pointer is not None and pointer.previous == slot:
-            self._write_pointer(pointer.model_copy(update={"previous": None}))
 
     def _point(self, to: Installed, previous: SlotName | None) -> None:
         self._write_pointer(

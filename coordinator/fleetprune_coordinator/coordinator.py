@@ -23,6 +23,7 @@ from fleetprune_coordinator.config import FleetConfig
 from fleetprune_coordinator.events import EventLog
 from fleetprune_coordinator.graph_library import GraphLibrary, StepOptions
 from fleetprune_coordinator.graphs import export_infer
+from fleetprune_coordinator.onnx_costs import overhead_bytes
 from fleetprune_coordinator.plan import Planner
 from fleetprune_coordinator.records import ReleaseRecord
 from fleetprune_coordinator.registry import Registry
@@ -219,9 +220,7 @@ def _traced(model: nn.Module, example: torch.Tensor, config: FleetConfig) -> Arc
             f"the model has {architecture.classes} outputs, "
             f"but fleet.toml names {config.model.outputs} classes"
         )
-    dense = architecture.groups
-    weights = sum(t.size(dense) * t.artifact_bytes for t in architecture.tensors)
-    overhead = len(export_infer(model, example).onnx) - weights
+    overhead = overhead_bytes(model, architecture, example, lambda m, x: export_infer(m, x).onnx)
     return architecture.model_copy(update={"overhead_bytes": overhead})
 
 

@@ -5,16 +5,23 @@ file: this is the figure that a budget is held against before anything is signed
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 
 import onnx
+import torch
 from onnx import helper, shape_inference
+from torch import Tensor, nn
 
 from fleetprune.costs import Costs
 from fleetprune.errors import GraphError
+from fleetprune.layout import Architecture
 from fleetprune_coordinator.liveness import memory
 from fleetprune_coordinator.recording import Kind, Operator, Recording
+from fleetprune_coordinator.selfcheck import randomised
+
+SLACK_BYTES = 96  # the file's expected outputs: four numbers of 3 to 24 decimal digits each
 
 # fmt: off
 VIEWS = frozenset({"Reshape", "Flatten", "Identity", "Squeeze", "Unsqueeze", "Dropout"})
@@ -69,6 +76,31 @@ def file_costs(model: bytes) -> Costs:
         macs=sum(_macs(file, node, constants) for node in file.graph.node),
         peak_activation_bytes=_peak(file, constants),
     )
+
+
+def overhead_bytes(
+    model: nn.Module,
+    architecture: Architecture,
+    example: Tensor,
+    export: Callable[[nn.Module, Tensor], bytes],
+) -> int:
+    """Bytes of a shipped file that are not weights, for `Architecture.overhead_bytes`.
+
+    Measured on the dense model with random weights: a file stores equal constants once, so that
+    the zero biases of a model before training would hide what a trained one takes.
+
+    Args:
+        model: The dense model; it is not changed.
+        architecture: Its description.
+        example: (1, *shape).
+        export: Makes the file of a model in evaluation mode.
+
+    Returns:
+        An upper bound for every keep count, at most `SLACK_BYTES` above the dense file's own.
+    """
+    dense = architecture.groups
+    weights = sum(t.artifact_bytes * t.size(dense) for t in architecture.tensors)
+    return len(export(randomised(model, torch.float32), example)) - weights + SLACK_BYTES
 
 
 def _open(model: bytes) -> _File:

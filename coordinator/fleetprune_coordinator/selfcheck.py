@@ -34,7 +34,7 @@ def check_cut_equals_zeroed(model: nn.Module, architecture: Architecture) -> Non
         TraceError: They differ, or the cut model does not run; names a group.
     """
     rng = np.random.default_rng(SEED)
-    dense = _random_copy(model)
+    dense = randomised(model, torch.float64)
     example = torch.from_numpy(rng.normal(size=(1, *architecture.input_shape)))
 
     def draw(groups: list[str]) -> tuple[dict[str, int], dict[str, NDArray[np.intp]]]:
@@ -65,10 +65,10 @@ def _message(what: str, reason: str) -> str:
     )
 
 
-def _random_copy(model: nn.Module) -> nn.Module:
-    """The model in float64 with weights in which no difference hides (no zeros, no ones)."""
+def randomised(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in evaluation mode with weights in which no difference hides: no two are alike."""
     generator = torch.Generator().manual_seed(SEED)
-    dense = copy.deepcopy(model).eval().to("cpu", torch.float64).requires_grad_(False)
+    dense = copy.deepcopy(model).eval().to("cpu", dtype).requires_grad_(False)
     for parameter in dense.parameters():
         fan_in = max(1, parameter[0].numel()) if parameter.dim() > 1 else 1
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)

@@ -58,8 +58,11 @@ class NestedStrategy(Strategy):
         if not metrics:
             return None, None
         self._on_round(metrics)
-        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
-        return self.arrays(), MetricRecord(numbers)
+        record = MetricRecord()
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                record[name] = value
+        return self.arrays(), record
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

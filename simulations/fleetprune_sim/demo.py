@@ -48,6 +48,8 @@ SILENCE_S = 180.0  # seconds without an event after which something hangs; a rou
 _COMMAND = (sys.executable, "-P", "-m", "fleetprune")
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # six agents share the cores
 
+_STOPPING: Event = {"event": "stopping"}
+
 app = typer.Typer()
 
 
@@ -149,7 +151,11 @@ def _follow(folder: DemoFolder, children: Children, state: FleetState, watch: Wa
     reader = EventReader(folder.events)
     heard = time.monotonic()
     while True:
-        children.check(list(DEVICES))
+        try:
+            children.check(list(DEVICES))
+        except KeyboardInterrupt:
+            watch(apply(state, _STOPPING), _STOPPING)  # it may take until `GRACE_S` is over
+            raise
         ended = children.ended(COORDINATOR)  # before the events, so that none is missed
         for event in reader.read():
             heard = time.monotonic()

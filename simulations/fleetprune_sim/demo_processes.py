@@ -12,7 +12,7 @@ from typing import Self
 
 from fleetprune.errors import FleetpruneError
 
-GRACE_S = 8.0  # seconds to end by itself after SIGTERM
+GRACE_S = 5.0  # seconds to end by itself after SIGTERM
 POLL_S = 0.1  # seconds between two looks at the children
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -113,6 +113,8 @@ def describe(event: Event) -> str:
             return f"{event.get('device')} runs release {event.get('release', '?')}{own}"
         case "done":
             return "every device runs the release made for its class"
+        case "stopping":
+            return "stopping every process"
     return ""
 
 

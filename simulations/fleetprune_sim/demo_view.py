@@ -63,8 +63,8 @@ def closing(summary: Mapping[str, Any], place: str | None) -> RenderableType:
     ]
     if update and dense:
         lines.append(
-            f"An update took {size(update)} on the wire, a dense one {size(dense)} "
-            f"({dense / update:.1f} times as much)."
+            f"A device's round took {size(update)} upwards, counted on the wire; a dense float32 "
+            f"update alone is {size(dense)}, {dense / update:.1f} times as much."
         )
     if place is None:
         lines.append("Nothing was kept; --out DIR keeps the releases, the logs and summary.json.")

@@ -139,6 +139,7 @@ def test_a_release_that_fails_its_checks_never_becomes_active(device, case):
     arguments, reason = REJECTED[case]
     device.repository.release(2, **arguments)
     assert device.install() == InstallOutcome(Status.REJECTED, 2, reason)
+    assert device.slots.rejected() == {2: reason}
     assert device.answer() == 1
     device.restart()
     device.repository.asked.clear()

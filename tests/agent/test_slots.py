@@ -177,7 +177,7 @@ def test_no_rollback_to_a_release_that_failed(slots):
     assert running(slots) == (1, "committed")
 
 
-def test_no_rollback_to_a_release_that_never_ran(slots):
+def test_no_rollback_to_a_release_that_is_still_coming(slots):
     committed(slots, 1)
     committed(slots, 2)
     staged(slots, 3)
@@ -290,6 +290,32 @@ def test_both_slots_damaged_is_none(slots):
         (slots.folder / name / MODEL).write_bytes(b"")
     assert slots.active() is None
     assert slots.start() is None
+
+
+def test_killed_between_seal_and_switch(slots, monkeypatch):
+    """The new release is whole and healthy but not active: used only where nothing else is."""
+    committed(slots, 1)
+    committed(slots, 2)
+    staged(slots, 3)
+
+    class KilledError(BaseException):
+        pass
+
+    def kill(*args: object, **kwargs: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slots, "_point", kill)
+        with pytest.raises(KilledError):
+            slots.switch(manifest_of(3))
+    assert running(slots) == (2, "committed")
+    (slots.folder / "active.json").unlink()
+    assert running(slots) == (2, "committed")
+    (slots.folder / "b" / MODEL).write_bytes(b"")
+    assert running(slots) == (3, "trial")
+    assert slots.start().release == 3
+    slots.commit()
+    assert running(slots) == (3, "committed")
 
 
 def test_damaged_notes_are_forgotten(slots):

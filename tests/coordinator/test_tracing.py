@@ -290,8 +290,8 @@ REFUSED = {
     "width in the code": (
         lambda: Wired(lambda m, x: m.b(m.a(x).view(-1, 384)), a=conv(3, 6), b=nn.Linear(384, 2)),
         (3, 8, 8),
-        "group a, with fewer units: the model (Wired): does not run: shape '[-1, 384]' is invalid for "
-        "input of size 320",
+        "group a, with fewer units: the model (Wired): does not run: shape '[-1, 384]' is invalid "
+        "for input of size 320",
     ),
     "product outside a layer": (
         lambda: Wired(

@@ -133,9 +133,10 @@ def test_table_without_what_may_be_missing():
 
 
 def test_closing_compares_bytes_and_says_where_the_results_are():
-    shown = text(closing(example(), "out"), 80)
+    shown = text(closing(example(), "out"), 120)
     assert "20 rounds in 43 s." in shown
-    assert "8.1 kB on the wire, a dense one 200 kB (24.6 times as much)" in shown
+    assert "8.1 kB upwards" in shown
+    assert "200 kB, 24.6 times as much." in words(shown)
     assert "Results: out (summary.json, releases, logs)" in shown
     assert "--out DIR keeps" in text(closing(example(), None), 80)
 

@@ -223,6 +223,12 @@ def where(low: Lowering, call: Call, condition: Value, x: Operand, y: Operand) -
     return low.pointwise(call, select, condition, x, y)
 
 
+@lowers("aten.masked_fill")
+def masked_fill(low: Lowering, call: Call, x: Value, mask: Value, value: Operand) -> Value:
+    """The value where the mask is set, else x."""
+    return where(low, call, mask, value, x)
+
+
 # Gradients. g is the gradient of the output.
 
 

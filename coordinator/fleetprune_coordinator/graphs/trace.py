@@ -35,7 +35,6 @@ TAKEN_APART = (
     _aten.log_sigmoid_forward,
     _aten.log_sigmoid_backward,
     _aten.logsumexp,
-    _aten.masked_fill,
     _aten.mish,
     _aten.mish_backward,
     _aten.mse_loss,

@@ -1,0 +1,203 @@
+"""Answers that lie, repeat or do not fit change nothing."""
+
+import numpy as np
+import pytest
+
+from fleetprune.messages import Codec, ResultHeader
+from fleetprune.result import encode_result
+from fleetprune.update import SparseUpdate
+from fleetprune_sim.loop import open_coordinator
+from tests.simulations.fleets import tiny_config, tiny_devices
+
+
+@pytest.fixture
+def coordinator(tmp_path):
+    with open_coordinator(tiny_config(tmp_path), tiny_devices()) as opened:
+        yield opened
+
+
+def size(coordinator, task):
+    return coordinator.rounds.model.vectors(coordinator.architecture, task.shape)[0].size
+
+
+def answer(coordinator, task, /, *, values=None, update=None, vectors=None, **header):
+    """A well-formed answer to a training task, but for what is given."""
+    if update is None:
+        if values is None:
+            values = np.ones(size(coordinator, task), np.float32)
+        update = SparseUpdate(task.mask_version, values.size, values, None).encode(Codec.FP32)
+    fields = {
+        "task": task.task,
+        "device": task.device,
+        "kind": task.kind,
+        "round": task.round,
+        "mask_version": task.mask_version,
+        "samples": 20,
+        "steps": 1,
+        "loss": 1.0,
+        **header,
+    }
+    return encode_result(ResultHeader(**fields), vectors or {}, update)
+
+
+def refusals(coordinator):
+    return [e.text for e in coordinator.registry.events() if e.kind == "refused"]
+
+
+def weights(coordinator):
+    return {n: v.copy() for n, v in coordinator.rounds.model.params.items()}
+
+
+def test_a_good_answer_moves_the_weights_by_its_update(coordinator):
+    rounds = coordinator.rounds
+    before = weights(coordinator)
+    (task,) = [a.task for a in rounds.begin() if a.task.device == "d0"]
+    metrics = rounds.finish([answer(coordinator, task)])
+    assert (metrics["answers"], metrics["refused"]) == (1, 0)
+    for name, old in before.items():
+        np.testing.assert_allclose(rounds.model.params[name], old + 1, rtol=1e-6)
+
+
+def hostile(coordinator, task):
+    """One answer of each kind that must be refused, with what the registry says about it."""
+    n = size(coordinator, task)
+    ones = np.ones(n, np.float32)
+    good = SparseUpdate(0, n, ones, None).encode(Codec.FP32)
+    flipped = bytearray(good)
+    flipped[-5] ^= 1
+    poisoned = bytearray(answer(coordinator, task))
+    poisoned[len(poisoned) // 2] ^= 1
+    return {
+        "wrong mask version": (
+            answer(coordinator, task, mask_version=7),
+            rf"answer to {task.task} says device, kind, round, mask version d0, train, 1, 7, "
+            rf"expected d0, train, 1, 0",
+        ),
+        "wrong mask version inside": (
+            answer(coordinator, task, update=SparseUpdate(9, n, ones, None).encode(Codec.FP32)),
+            "mask version",
+        ),
+        "wrong length": (answer(coordinator, task, values=np.ones(n + 1, np.float32)), str(n + 1)),
+        "one value that would broadcast": (
+            answer(coordinator, task, values=np.ones(1, np.float32)),
+            f"support of 1 values, expected {n}",
+        ),
+        "checksum of the update": (answer(coordinator, task, update=bytes(flipped)), "checksum"),
+        "checksum of the frame": (bytes(poisoned), "checksum"),
+        "truncated": (answer(coordinator, task)[:-1], ""),
+        "not a frame": (b"hello", ""),
+        "another device": (answer(coordinator, task, device="d1"), "expected d0"),
+        "unknown task": (
+            answer(coordinator, task, task="x.t1.0.9.0"),
+            "answer to x.t1.0.9.0, which is not a task of this round",
+        ),
+        "no update": (
+            encode_result(
+                ResultHeader(
+                    task=task.task, device="d0", kind="train", round=1, mask_version=0, samples=1
+                ),
+                {},
+                None,
+            ),
+            f"answer to {task.task} has no update, expected {n} values",
+        ),
+        "negative scores": (
+            answer(
+                coordinator,
+                task,
+                vectors={"taylor": -np.ones(16, np.float32)},
+            ),
+            "taylor",
+        ),
+    }
+
+
+KINDS = [
+    "wrong mask version",
+    "wrong mask version inside",
+    "wrong length",
+    "one value that would broadcast",
+    "checksum of the update",
+    "checksum of the frame",
+    "truncated",
+    "not a frame",
+    "another device",
+    "unknown task",
+    "no update",
+    "negative scores",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_answer_is_noted_and_changes_nothing(coordinator, kind):
+    rounds = coordinator.rounds
+    before = weights(coordinator)
+    (task,) = [a.task for a in rounds.begin() if a.task.device == "d0"]
+    cases = hostile(coordinator, task)
+    assert sorted(cases) == sorted(KINDS)
+    data, message = cases[kind]
+    metrics = rounds.finish([data])
+    assert (metrics["answers"], metrics["refused"]) == (0, 1)
+    (said,) = refusals(coordinator)
+    assert message in said
+    assert "\n" not in said
+    for name, old in before.items():
+        np.testing.assert_array_equal(rounds.model.params[name], old)
+
+
+def test_an_answer_that_comes_twice_counts_once(coordinator):
+    rounds = coordinator.rounds
+    before = weights(coordinator)
+    (task,) = [a.task for a in rounds.begin() if a.task.device == "d0"]
+    data = answer(coordinator, task)
+    metrics = rounds.finish([data, data])
+    assert (metrics["answers"], metrics["refused"]) == (1, 1)
+    assert refusals(coordinator) == [f"answer to {task.task} came twice; the first one stands"]
+    for name, old in before.items():
+        np.testing.assert_allclose(rounds.model.params[name], old + 1, rtol=1e-6)
+
+
+def test_a_device_weighs_no_more_than_the_samples_it_enrolled_with(coordinator):
+    rounds = coordinator.rounds
+    tasks = {a.task.device: a.task for a in rounds.begin()}
+    before = weights(coordinator)
+    liar = answer(
+        coordinator,
+        tasks["d0"],
+        samples=10**9,
+        values=np.full(size(coordinator, tasks["d0"]), 1.0, np.float32),
+    )
+    honest = answer(
+        coordinator,
+        tasks["d1"],
+        samples=23,
+        values=np.zeros(size(coordinator, tasks["d1"]), np.float32),
+    )
+    rounds.finish([liar, honest])
+    for name, old in before.items():  # 20 samples say 1, 23 say 0
+        np.testing.assert_allclose(rounds.model.params[name] - old, 20 / 43, rtol=1e-4)
+
+
+def test_the_rest_of_a_round_counts_when_one_answer_is_bad(coordinator):
+    rounds = coordinator.rounds
+    tasks = {a.task.device: a.task for a in rounds.begin()}
+    good = [answer(coordinator, tasks[d]) for d in ("d1", "d2", "d3")]
+    metrics = rounds.finish([good[0], b"junk", *good[1:]])
+    assert (metrics["answers"], metrics["refused"]) == (3, 1)
+
+
+def test_where_no_device_answers_the_model_stays(coordinator):
+    rounds = coordinator.rounds
+    before = weights(coordinator)
+    rounds.begin()
+    metrics = rounds.finish([])
+    assert metrics["answers"] == 0
+    assert metrics["loss"] is None
+    for name, old in before.items():
+        np.testing.assert_array_equal(rounds.model.params[name], old)
+
+
+def test_an_open_round_is_taken_up_with_the_same_tasks(coordinator):
+    asked = [(a.node_id, a.task, a.model) for a in coordinator.rounds.begin()]
+    again = [(a.node_id, a.task, a.model) for a in coordinator.rounds.begin()]
+    assert asked == again
