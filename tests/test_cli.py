@@ -106,20 +106,21 @@ def test_help_lists_sub_commands_and_loads_none_of_them():
 
 
 @pytest.mark.parametrize(
-    ("command", "missing"),
-    [("agent", "onnxruntime"), ("coordinator", "torch"), ("demo", "sklearn")],
+    ("arguments", "missing"),
+    [
+        (("agent", "predict", "--config", "agent.toml", "--input", "x.npy"), "onnxruntime"),
+        (("coordinator", "init"), "torch"),
+        (("demo", "--rounds", "1"), "sklearn"),
+        (("demo", "--help"), "fleetprune_sim"),
+    ],
 )
-def test_missing_extra_is_one_line_that_says_what_to_install(command, missing):
-    # The packages themselves are blocked as well as the first thing they need, so that the
-    # command fails while loading, wherever it imports that.
-    package = {"agent": "fleetprune_agent", "coordinator": "fleetprune_coordinator"}.get(command)
-    blocked = (missing, package) if package else (missing,)
-    done = fleetprune(command, "--help", blocked=blocked)
+def test_missing_extra_is_one_line_that_says_what_to_install(arguments, missing):
+    done = fleetprune(*arguments, blocked=(missing,))
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == (
-        f"fleetprune: `fleetprune {command}` needs {package or missing}, which is not installed: "
-        f"pip install 'fleetprune[{command}]'\n"
+        f"fleetprune: `fleetprune {arguments[0]}` needs {missing}, which is not installed: "
+        f"pip install 'fleetprune[{arguments[0]}]'\n"
     )
 
 

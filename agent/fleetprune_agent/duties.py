@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from fleetprune.errors import DataError, FleetpruneError, InstallError, TransportError
+from fleetprune.errors import DataError, FleetpruneError, InstallError, TransportError, TrustError
 from fleetprune.files import write_atomic
 from fleetprune.messages import Progress, Task, TaskAck
 from fleetprune.outbox import Kind
@@ -88,13 +88,15 @@ class Duties:
         Returns:
             False if the repository could not be reached: try again soon.
         """
-        # Imported here: both load onnxruntime, which an agent without work does not need.
-        from fleetprune_agent.install import Checks, Status, install  # noqa: PLC0415
-
-        self.worker.graphs.release()
+        repository = self.repository()
         try:
+            if self._up_to_date(repository):
+                return True
+            # Imported here: it loads onnxruntime, which an agent without work does not need.
+            from fleetprune_agent.install import Checks, Status, install  # noqa: PLC0415
+
             outcome = install(
-                self.repository(),
+                repository,
                 self.slots,
                 self.config.device_class,
                 Checks(threads=self.config.threads),
@@ -113,6 +115,20 @@ class Duties:
             log.warning("release %d is rejected: %s", outcome.release, outcome.reason)
             self.report(error=f"release {outcome.release}: {outcome.reason}")
         return True
+
+    def _up_to_date(self, repository: TrustedRepository) -> bool:
+        """Whether the signed release of our class is the one that runs, or there is none."""
+        repository.refresh()
+        active = self.slots.active()
+        device_class = self.config.device_class
+        if active is not None:
+            return repository.manifest(device_class, active.release) == active.manifest
+        try:
+            repository.describe(f"classes/{device_class}.json")
+        except TrustError:  # the metadata has just been verified, so there is none: a young fleet
+            log.info("class %s has no release yet", device_class)
+            return True
+        return False
 
     def report(self, error: str = "") -> None:
         """Measure the installed model and report; a model that fails here is rolled back."""

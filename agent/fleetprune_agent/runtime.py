@@ -97,7 +97,7 @@ def probe_block() -> int:
     try:
         session = training_session(base64.b64decode(_PROBE_GRAPH))
         y: list[float] = session.run(None, {"x": x})[0].ravel().tolist()
-    except Exception:  # noqa: BLE001  (a build without these operators; no common base)
+    except Exception:
         return 0
     return y.index(1.0) if y.index(1.0) in (8, 16) else 0
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fleetprune.errors import DataError, GraphError, InstallError
 from fleetprune.messages import Manifest
+from fleetprune_agent.runtime import inference_session
 from fleetprune_agent.slot_files import Installed, State
 from fleetprune_agent.slots import Slots
 
@@ -68,13 +69,9 @@ def load_model(path: Path, threads: int = 1) -> Model:
     Raises:
         GraphError: onnxruntime refuses it, or it does not have exactly one input.
     """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # failures are raised; they need not also be printed
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as e:
+        session = inference_session(path.read_bytes(), threads)
+    except (GraphError, OSError) as e:
         raise GraphError(f"the model does not load: {_line(e)}") from e
     inputs = session.get_inputs()
     if len(inputs) != 1:

@@ -72,7 +72,8 @@ class Graph:
 class Graphs:
     """Verified sessions by hash: the latest `kept` in RAM, their files on disk.
 
-    Devices simulated in one process share one of these, so that each graph is loaded once.
+    Devices simulated in one process share one of these, so that each graph is loaded once; used
+    by one thread at a time.
     """
 
     def __init__(self, *, threads: int = 1, folder: Path | None = None, kept: int = 2) -> None:

@@ -1,6 +1,7 @@
 """The files of a slot, and which of them are believed.
 
-A slot is whole while its files match the hashes in its slot.json, which is written last. A file that does not parse is the same as one that is not there.
+A slot is whole while its files match the hashes in its slot.json, which is written last, after
+the health check. A file that does not parse is the same as one that is not there.
 """
 
 from contextlib import suppress

@@ -4,9 +4,9 @@
     slots/active.json        which slot runs, and whether on trial; replacing it is the switch
     slots/rejected.json      releases that failed here, so that they are not installed again
 
-A slot counts only while its files match the hashes in its slot.json, which is written last and
-removed first. If the active slot does not count, the other one is used. Nothing here asks the
-time or the network, so a device that was off for months starts like any other.
+A slot counts only while its files match the hashes in its slot.json, which is written last. If
+the active slot does not count, the other one is used. Nothing here asks the time or the network,
+so a device that was off for months starts like any other.
 
 States of the active release: TRIAL after the switch, COMMITTED after its first real runs. A
 trial that is started `MAX_STARTS` times without being committed is rolled back, which catches a

@@ -112,8 +112,8 @@ class TrainingConfig(_Section):
     """Share of answers that closes a round before its timeout."""
     remask_every: int = Field(default=5, ge=0)
     """Rounds between new masks; 0: never again after the first."""
-    last_remask: int = Field(default=10**6, ge=0)
-    """No new masks after this round, so that the last ones have time to settle."""
+    last_remask: int | None = Field(default=None, ge=0)
+    """No new masks after this round, so that the last ones have time to settle; None: half."""
     criterion: Criterion = Criterion.TAYLOR
     first_criterion: Criterion = Criterion.MAGNITUDE
     """Of the first masks of a model that comes trained, before any device has reported."""

@@ -141,6 +141,17 @@ class Rounds:
 
     # ---- asking
 
+    def prepare(self) -> None:
+        """Export every graph that the present shapes need, so that no round waits for it."""
+        if not self.remaining():
+            return
+        devices = self._registry.devices()
+        for name, keep in self.model.shapes.items():
+            self._library.observe(keep)
+            trainers = [d for d in devices if d.device_class == name and d.trains]
+            for block in sorted({0} | {d.block for d in trainers}) if trainers else ():
+                self._library.train_steps(self.model.shapes, name, block)
+
     def begin(self) -> list[Assignment]:
         """Open the next round, or find the one that was open; empty when there is none left."""
         left = self.remaining()
@@ -297,11 +308,12 @@ class Rounds:
 
     def _remask_due(self, key: RoundKey) -> bool:
         every = self._settings.remask_every
+        last = self._settings.last_remask
         return (
             key.phase is Phase.TRAIN
             and every > 0
             and key.number % every == 0
-            and key.number <= self._settings.last_remask
+            and key.number <= (self._settings.rounds // 2 if last is None else last)
             and self.ledger.ready(self._settings.criterion)
         )
 

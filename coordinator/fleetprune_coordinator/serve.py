@@ -99,7 +99,10 @@ class Server:
         if not self._coordinator.rounds.remaining():
             return
         self._wait_for_devices(config.training.min_devices)
+        start = time.monotonic()
+        self._coordinator.rounds.prepare()
         self._last = time.monotonic()
+        self._events.emit("prepared", seconds=round(self._last - start, 3))
         strategy = NestedStrategy(self._coordinator.rounds, self._closed)
         app = server_app(strategy, self._coordinator.rounds, config.training.round_timeout_s)
         grid = MqttGrid(

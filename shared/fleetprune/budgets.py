@@ -63,7 +63,8 @@ class Allocation(StrEnum):
     """How a class's cut is shared out among the groups."""
 
     UNIFORM = "uniform"
-    """The same share of every group: robust when training goes on for long."""
+    """The same share of every group, whatever the scores: robust when training goes on for long,
+    and the shapes, and so the graphs that devices hold, never change."""
     GLOBAL = "global"
     """The least important units per cost, wherever they are: better when few rounds follow."""
 
@@ -255,12 +256,11 @@ class BudgetSolver:
                 after = self._costs({**counts, group: step})
                 if not budget.meets(after):
                     continue
-                gain = float(scores[group][counts[group] : step].sum())
-                evenness = -counts[group] / self._groups[group]
-                value = (
-                    evenness if self._allocation is Allocation.UNIFORM else 0.0,
-                    gain / max(after.macs - costs.macs, 1),
-                )
+                added = max(after.macs - costs.macs, 1)
+                if self._allocation is Allocation.UNIFORM:
+                    value = (-counts[group] / self._groups[group], (step - counts[group]) / added)
+                else:
+                    value = (0.0, float(scores[group][counts[group] : step].sum()) / added)
                 if best is None or value > best[0]:
                     best = (value, group, step)
             if best is None:

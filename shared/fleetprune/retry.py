@@ -68,6 +68,14 @@ class RoundTrip:
         """A message was lost: wait twice as long until one is measured again."""
         self._doublings += 1
 
+    def answered(self) -> None:
+        """A message that was sent more than once was answered: half as patient again.
+
+        Without this a link that loses messages at random, where late in a transfer everything
+        has been sent twice and nothing is measured, would be taken for a slow one.
+        """
+        self._doublings = max(0, self._doublings - 1)
+
     def forget_losses(self) -> None:
         """The link is new (a reconnect): its losses say nothing about it."""
         self._doublings = 0

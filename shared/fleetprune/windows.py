@@ -73,7 +73,9 @@ class _Window:
     def arrived(self, index: int, now: float) -> bool:
         """Note an answered block; whether it is a new one."""
         at = self.under_way.pop(index, None)
-        if at is not None and index not in self.resent:
+        if at is not None and index in self.resent:
+            self.round_trip.answered()
+        elif at is not None:
             self.round_trip.measured(now - at)
         new = index not in self.done
         self.done.add(index)

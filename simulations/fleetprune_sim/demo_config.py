@@ -53,6 +53,18 @@ class DemoTask:
     held_out: float
     """Share of its samples that a device judges installed models by."""
 
+    @property
+    def training(self) -> dict[str, Any]:
+        """The table `training` of `fleet.toml`."""
+        return {
+            "rounds": self.rounds,
+            "devices_per_round": len(DEVICES),
+            "min_devices": len(DEVICES),
+            "epochs": self.epochs,
+            "batch": 32,
+            "learning_rate": 0.1,
+        }
+
 
 def _digits(seed: int, cache: Path) -> FleetData:
     return digits.load(list(DEVICES), seed)
@@ -187,15 +199,7 @@ def write_fleet(
             "labels": list(data.labels),
         },
         "data": {"test": "test.npz"},
-        "training": {
-            "rounds": task.rounds,
-            "devices_per_round": len(DEVICES),
-            "min_devices": len(DEVICES),
-            "epochs": task.epochs,
-            "batch": 32,
-            "learning_rate": 0.1,
-            **training,
-        },
+        "training": {**task.training, **training},
         "classes": {
             group.name: {"macs_share": group.macs_share, "trains": group.trains}
             for group in CLASSES

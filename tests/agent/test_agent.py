@@ -106,7 +106,7 @@ def test_a_device_s_life(hub, device, repository):
         4,
     )
     first = until(hub.telemetry, lambda t: True, "a report")
-    assert (first.release, first.state) == (0, "empty")
+    assert (first.release, first.state, first.error) == (0, "empty", "")
 
     shelf = Shelf()
     train = shelf.task("t1", [step()], top_k=0.5)

@@ -53,7 +53,9 @@ def test_good_graphs_pass(model):
 def test_a_graph_for_another_block_is_refused(model):
     graph = train_graph(model, 24 - runtime.probe_block())
     session = runtime.training_session(graph.onnx)
-    with pytest.raises(GraphError, match=r"train_step graph (computes wrong|does not run|: output)"):
+    with pytest.raises(
+        GraphError, match=r"train_step graph (computes wrong|does not run|: output)"
+    ):
         runtime.verify(session, graph.meta)
 
 

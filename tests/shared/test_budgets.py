@@ -45,11 +45,17 @@ def test_one_less_than_a_quarter_no_longer_fits():
     assert two_layers(keep).macs <= 10 * 16 * 32 - 1
 
 
-def test_what_is_left_of_a_budget_is_given_back_to_the_better_unit():
-    # 16 x 40 fits as well as 24 x 24 would; b's next units score more per MAC
-    scores = {"a": np.zeros(32, np.float32), "b": np.ones(64, np.float32)}
-    keep = solve({"phone": Budget(macs=10 * 16 * 40)}, scores=scores)["phone"]
+def test_what_is_left_of_a_budget_is_given_back():
+    # both groups are at one half; 8 more of b cost 8 * 16 pairs, 8 more of a would cost 8 * 32
+    keep = solve({"phone": Budget(macs=10 * 16 * 40)})["phone"]
     assert keep == {"a": 16, "b": 40}
+
+
+def test_uniform_shapes_do_not_depend_on_scores():
+    budgets = {"phone": Budget(macs=10 * 16 * 44)}
+    one = {"a": np.zeros(32, np.float32), "b": np.ones(64, np.float32)}
+    other = {"a": np.ones(32, np.float32), "b": np.zeros(64, np.float32)}
+    assert solve(budgets, scores=one) == solve(budgets, scores=other)
 
 
 def test_every_limit_holds_at_once():

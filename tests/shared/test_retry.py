@@ -26,6 +26,9 @@ def test_round_trip_as_in_rfc_6298():
     assert trip.timeout_s == 1.125 + 4 * 0.625
     trip.expired()
     assert trip.timeout_s == 2 * 3.625
+    trip.expired()
+    trip.answered()
+    assert trip.timeout_s == 2 * 3.625
     trip.measured(1.125)
     assert trip.timeout_s == 1.125 + 4 * 0.46875
 

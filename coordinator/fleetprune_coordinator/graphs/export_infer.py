@@ -114,9 +114,7 @@ def fold_batch_norms(traced: fx.GraphModule, constants: dict[fx.Node, torch.Tens
             traced.graph.erase_node(node)
 
 
-def _affine(
-    vectors: list[torch.Tensor | None], eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _affine(vectors: list[torch.Tensor | None], eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """BatchNorm as x * scale + shift, float64."""
     weight, bias, mean, variance = (None if v is None else v.double() for v in vectors)
     if mean is None or variance is None:

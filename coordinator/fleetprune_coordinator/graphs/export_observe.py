@@ -18,7 +18,7 @@ from fleetprune.graphmeta import METADATA_KEY, GraphMeta, Verification
 from fleetprune_coordinator.graphs import verification as check
 from fleetprune_coordinator.graphs.export_train import split_state
 from fleetprune_coordinator.graphs.lowering import Lowering, NotLoweredError, dtype_name
-from fleetprune_coordinator.graphs.trace import explain, is_batch_norm, prepare, statistics, trace
+from fleetprune_coordinator.graphs.trace import explain, prepare, statistics, trace
 from fleetprune_coordinator.graphs.types import Graph, finished
 from fleetprune_coordinator.graphs.values import Value
 from fleetprune_coordinator.graphs.writer import GraphWriter
@@ -195,8 +195,11 @@ def _write(
     with torch.no_grad():
         traced = trace(observation, x, sw, *params.values(), *stats.values())
     inputs = [
-        Value(tuple(t.shape), dtype_name(t.dtype),
-              plain=writer.input(name, t.shape, dtype_name(t.dtype)))
+        Value(
+            tuple(t.shape),
+            dtype_name(t.dtype),
+            plain=writer.input(name, t.shape, dtype_name(t.dtype)),
+        )
         for name, t in (("x", x), ("sw", sw))
     ]
     inputs += split_state(writer, writer.input("params", (_count(params),), "float32"), params)

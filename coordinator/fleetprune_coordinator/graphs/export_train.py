@@ -25,7 +25,8 @@ FEW = 8
 @dataclass
 class TrainingStep:
     """Loss and gradients as a torch function of tensors alone: traced in float32 for the graph,
-    run in float64 for its reference."""
+    run in float64 for its reference.
+    """
 
     model: nn.Module
     loss: Loss
@@ -272,8 +273,11 @@ def _write(
     size, statistic_size = _count(step.params), _count(step.stats)
     traced = trace(step, x, y, torch.ones(len(x)), *step.params.values(), *step.stats.values())
     inputs = [
-        Value(tuple(t.shape), dtype_name(t.dtype),
-              plain=writer.input(name, t.shape, dtype_name(t.dtype)))
+        Value(
+            tuple(t.shape),
+            dtype_name(t.dtype),
+            plain=writer.input(name, t.shape, dtype_name(t.dtype)),
+        )
         for name, t in (("x", x), ("y", y), ("sw", torch.ones(len(x))))
     ]
     lr = writer.input("lr", (), "float32")
@@ -282,9 +286,7 @@ def _write(
     weights = split_state(writer, params, step.params)
     stats = []
     if step.stats:
-        stats = split_state(
-            writer, writer.input("stats", (statistic_size,), "float32"), step.stats
-        )
+        stats = split_state(writer, writer.input("stats", (statistic_size,), "float32"), step.stats)
     low = Lowering(writer, block, live=writer.op("Sign", inputs[2].plain or ""))
     low.batch = len(x)
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
@@ -301,9 +303,7 @@ def _write(
     kept = writer.op("Mul", velocity, writer.scalar(momentum))
     moved = writer.op("Add", kept, join_state(writer, decayed))
     writer.output(low.plain(loss), "loss", ())
-    writer.output(
-        writer.op("Sub", params, writer.op("Mul", moved, lr)), "params_out", (size,)
-    )
+    writer.output(writer.op("Sub", params, writer.op("Mul", moved, lr)), "params_out", (size,))
     writer.output(moved, "momentum_out", (size,))
     if step.stats:
         now = [low.updated.get(s) or low.plain(s) for s in stats]
@@ -317,17 +317,17 @@ def _write(
         writer.output(join_state(writer, names), "grad", (size,))
 
 
-def split_state(
-    writer: GraphWriter, flat: str, tensors: Mapping[str, torch.Tensor]
-) -> list[Value]:
+def split_state(writer: GraphWriter, flat: str, tensors: Mapping[str, torch.Tensor]) -> list[Value]:
     """A flat input cut into the tensors that it holds."""
     sizes = [t.numel() for t in tensors.values()]
     parts = [flat]
     if len(sizes) > 1:
         parts = writer.multi("Split", flat, writer.ints(*sizes), outputs=len(sizes), axis=0)
     return [
-        Value(tuple(t.shape),
-              plain=p if t.dim() == 1 else writer.op("Reshape", p, writer.ints(*t.shape)))
+        Value(
+            tuple(t.shape),
+            plain=p if t.dim() == 1 else writer.op("Reshape", p, writer.ints(*t.shape)),
+        )
         for p, t in zip(parts, tensors.values(), strict=True)
     ]
 

@@ -10,6 +10,7 @@ It gets the operator's arguments in the order of its schema, defaults filled in,
 """
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,8 @@ class NotLoweredError(Exception):
     def __init__(self, target: str, reason: str = "has no lowering") -> None:
         super().__init__(f"{target} {reason}")
         self.target = target
-        self.reason = reason
+        self.occurrence = 0
+        """How many calls of the same operator stand before this one in the graph."""
 
 
 def lowers(*targets: str) -> Callable[[Rule], Rule]:
@@ -112,6 +114,7 @@ class Lowering:
         """Running statistics after the step, by the value that they replace."""
         self.memo: dict[Any, Any] = {}
         """What a rule leaves for another one, such as BatchNorm for its backward rule."""
+        self._calls: Counter[str] = Counter()
         self.batch_size: str | None = None
         """Name of a (1,) int64 tensor with the batch size, where that is variable."""
 
@@ -193,9 +196,7 @@ class Lowering:
             if spread and v.shape:
                 n, c, h, w = four_axes(v.shape)
                 b = self.block
-                name = self.op(
-                    "Reshape", name, self.ints(n, self.layouts.padded(c) // b, h * w, b)
-                )
+                name = self.op("Reshape", name, self.ints(n, self.layouts.padded(c) // b, h * w, b))
             names.append(name if v.dtype == compute else self.cast(name, compute))
         out = build(*names)
         if not blocked:
@@ -244,10 +245,15 @@ class Lowering:
 
     def _lower(self, node: fx.Node) -> Lowered:
         call = Call(node, target_name(node), _outputs(node))
-        rule = RULES.get(call.target)
-        if rule is None:
-            raise NotLoweredError(call.target)
-        return rule(self, call, *self._arguments(node))
+        before = self._calls[call.target]
+        self._calls[call.target] += 1
+        try:
+            if call.target not in RULES:
+                raise NotLoweredError(call.target)
+            return RULES[call.target](self, call, *self._arguments(node))
+        except NotLoweredError as e:
+            e.occurrence = before
+            raise
 
     def _arguments(self, node: fx.Node) -> list[Any]:
         """The operator's arguments in schema order, nodes replaced by values."""

@@ -43,8 +43,13 @@ def convolution(
             return fast.forward(low, call, geometry, x, w, bias)
     inputs = [low.plain(v) for v in (x, w, bias) if v is not None]
     name = low.op(
-        "Conv", *inputs, kernel_shape=list(w.shape[2:]), strides=list(stride),
-        pads=[*pad, *pad], dilations=list(dilation), group=groups,
+        "Conv",
+        *inputs,
+        kernel_shape=list(w.shape[2:]),
+        strides=list(stride),
+        pads=[*pad, *pad],
+        dilations=list(dilation),
+        group=groups,
     )
     return low.result(call, name)
 
@@ -103,7 +108,11 @@ def tap(low: Lowering, geometry: Geometry, padded: str, row: int, column: int) -
         for a, o, s in zip(starts, geometry.out_size, geometry.stride, strict=True)
     ]
     return low.op(
-        "Slice", padded, low.ints(*starts), low.ints(*ends), low.ints(2, 3),
+        "Slice",
+        padded,
+        low.ints(*starts),
+        low.ints(*ends),
+        low.ints(2, 3),
         low.ints(*geometry.stride),
     )
 
@@ -127,9 +136,14 @@ def input_gradient(
         name = low.op("Conv", plain4(low, g), flipped, pads=[*pads, *pads], group=geometry.groups)
     else:
         name = low.op(
-            "ConvTranspose", plain4(low, g), weight, strides=list(geometry.stride),
-            pads=[*geometry.pad, *geometry.pad], dilations=list(geometry.dilation),
-            output_padding=list(geometry.output_padding), group=geometry.groups,
+            "ConvTranspose",
+            plain4(low, g),
+            weight,
+            strides=list(geometry.stride),
+            pads=[*geometry.pad, *geometry.pad],
+            dilations=list(geometry.dilation),
+            output_padding=list(geometry.output_padding),
+            group=geometry.groups,
         )
     return Value(shape, plain=name if len(shape) == 4 else low.reshape(name, shape))
 
@@ -174,7 +188,7 @@ def _tap_gradient(low: Lowering, geometry: Geometry, part: str, gradient: str) -
 def _pointwise_weight_gradient(
     low: Lowering, geometry: Geometry, padded: str, gradient: str
 ) -> str:
-    """sum over n of g[n] @ x[n].T, with positions as columns."""
+    """Sum over n of g[n] @ x[n].T, with positions as columns."""
     n, positions = geometry.batch, geometry.out_size[0] * geometry.out_size[1]
     part = padded
     if geometry.stride != (1, 1):
@@ -216,9 +230,12 @@ def _depthwise_weight_gradient(
     for i in range(geometry.kernel[0]):
         start = i * geometry.dilation[0]
         part = low.op(
-            "Slice", by_channel, low.ints(start),
+            "Slice",
+            by_channel,
+            low.ints(start),
             low.ints(start + (out_height - 1) * geometry.stride[0] + 1),
-            low.ints(2), low.ints(geometry.stride[0]),
+            low.ints(2),
+            low.ints(geometry.stride[0]),
         )
         left = low.op("Reshape", part, low.ints(c, n * out_height, wide))
         product = low.op("FusedMatMul", left, right, domain=MICROSOFT, transA=1)

@@ -60,8 +60,15 @@ def conv(
     while not inputs[-1]:
         inputs.pop()
     return low.op(
-        "Conv", *inputs, domain=NCHWC, kernel_shape=list(kernel), pads=list(pads),
-        strides=list(strides), dilations=list(dilations), group=group, **activation,
+        "Conv",
+        *inputs,
+        domain=NCHWC,
+        kernel_shape=list(kernel),
+        pads=list(pads),
+        strides=list(strides),
+        dilations=list(dilations),
+        group=group,
+        **activation,
     )
 
 
@@ -112,9 +119,7 @@ def dense_filter(
         name = low.op("Reshape", name, low.ints(wide_outputs // b, b, channels, len(taps)))
         name = low.op("Transpose", name, perm=[0, 2, 3, 1])
         return low.op("Reshape", name, low.ints(wide_outputs, channels, *kernel))
-    name = low.op(
-        "Reshape", name, low.ints(wide_outputs // b, b, wide_channels // b, b, len(taps))
-    )
+    name = low.op("Reshape", name, low.ints(wide_outputs // b, b, wide_channels // b, b, len(taps)))
     if swap:
         name = low.op("Transpose", name, perm=[2, 0, 4, 1, 3])
         return low.op("Reshape", name, low.ints(wide_channels, wide_outputs, *kernel))
@@ -149,12 +154,17 @@ def forward(
     else:
         plain_input = geometry.channels < low.block and x.blocked is None
         source = low.reshape(low.plain(x), four_axes(x.shape)) if plain_input else low.blocked(x)
-        weight = dense_filter(
-            low, geometry, weight, taps, geometry.kernel, plain_input=plain_input
-        )
+        weight = dense_filter(low, geometry, weight, taps, geometry.kernel, plain_input=plain_input)
     name = conv(
-        low, source, weight, geometry.kernel, pads=(*geometry.pad, *geometry.pad),
-        strides=geometry.stride, dilations=geometry.dilation, group=group, bias=offset,
+        low,
+        source,
+        weight,
+        geometry.kernel,
+        pads=(*geometry.pad, *geometry.pad),
+        strides=geometry.stride,
+        dilations=geometry.dilation,
+        group=group,
+        bias=offset,
     )
     return Value(call.shape, blocked=name)
 
@@ -209,7 +219,11 @@ def input_gradient(
     rows, columns = (
         phases(*axis)
         for axis in zip(
-            geometry.kernel, geometry.stride, geometry.pad, geometry.size, geometry.out_size,
+            geometry.kernel,
+            geometry.stride,
+            geometry.pad,
+            geometry.size,
+            geometry.out_size,
             strict=True,
         )
     )
@@ -246,7 +260,10 @@ def _phase_gradient(
         starts = max(0, -top), max(0, -left)
         ends = height - max(0, -bottom), width - max(0, -right)
         source = low.op(
-            "Slice", low.layouts.memory(source, g.shape), low.ints(*starts), low.ints(*ends),
+            "Slice",
+            low.layouts.memory(source, g.shape),
+            low.ints(*starts),
+            low.ints(*ends),
             low.ints(2, 3),
         )
         channels = low.layouts.padded(geometry.outputs)
@@ -280,9 +297,7 @@ def _interleave(low: Lowering, geometry: Geometry, parts: dict[tuple[int, int], 
     planes = low.layouts.padded(geometry.channels) // b
     (height, width), (tall, wide) = _grid(geometry), geometry.stride
     zero = low.writer.zeros(n * planes, height, 1, width, 1, b)
-    rows = [
-        [parts.get((row, column), zero) for column in range(wide)] for row in range(tall)
-    ]
+    rows = [[parts.get((row, column), zero) for column in range(wide)] for row in range(tall)]
     joined = [low.op("Concat", *row, axis=4) if wide > 1 else row[0] for row in rows]
     name = low.op("Concat", *joined, axis=2) if tall > 1 else joined[0]
     if (height * tall, width * wide) != geometry.size:
@@ -318,7 +333,10 @@ def _depthwise_weight_gradient(low: Lowering, geometry: Geometry, x: Value, g: V
         low,
         low.op("Reshape", source, low.ints(1, n * padded, *size)),
         low.op("Reshape", low.blocked(g), low.ints(n * padded, 1, *geometry.out_size)),
-        geometry.out_size, pads=pads, dilations=geometry.stride, group=n * padded,
+        geometry.out_size,
+        pads=pads,
+        dilations=geometry.stride,
+        group=n * padded,
     )
     taps = prod(geometry.kernel)
     name = low.op("Reshape", name, low.ints(n, padded // b, taps, b))
@@ -337,9 +355,7 @@ def _dense_weight_gradient(low: Lowering, geometry: Geometry, x: Value, g: Value
     filter_ = low.blocked(g)
     if samples != n:
         filter_ = low.op("Pad", filter_, low.ints(0, 0, 0, 0, samples - n, 0, 0, 0))
-    filter_ = low.op(
-        "Reshape", filter_, low.ints(samples // b, b, outputs // b, height * width, b)
-    )
+    filter_ = low.op("Reshape", filter_, low.ints(samples // b, b, outputs // b, height * width, b))
     filter_ = low.op("Transpose", filter_, perm=[2, 0, 3, 1, 4])
     filter_ = low.op("Reshape", filter_, low.ints(outputs, samples, height, width))
 

@@ -8,7 +8,11 @@ from torch import fx
 from fleetprune_coordinator.graphs.lowering import Call, Lowering, lowers
 from fleetprune_coordinator.graphs.values import Value
 
-_TRANSPOSES = (torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default)
+_TRANSPOSES = (
+    torch.ops.aten.t.default,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.permute.default,
+)
 
 
 def _matrix(low: Lowering, call: Call, index: int, value: Value) -> tuple[str, int]:
@@ -29,7 +33,7 @@ def _matrix(low: Lowering, call: Call, index: int, value: Value) -> tuple[str, i
 
 @lowers("aten.mm")
 def mm(low: Lowering, call: Call, a: Value, b: Value) -> Value:
-    """a @ b."""
+    """A @ b."""
     (left, turn_left), (right, turn_right) = _matrix(low, call, 0, a), _matrix(low, call, 1, b)
     return low.result(call, low.op("Gemm", left, right, transA=turn_left, transB=turn_right))
 
@@ -41,8 +45,14 @@ def addmm(
     """beta*bias + alpha * (a @ b)."""
     (left, turn_left), (right, turn_right) = _matrix(low, call, 1, a), _matrix(low, call, 2, b)
     name = low.op(
-        "Gemm", left, right, low.plain(bias),
-        alpha=float(alpha), beta=float(beta), transA=turn_left, transB=turn_right,
+        "Gemm",
+        left,
+        right,
+        low.plain(bias),
+        alpha=float(alpha),
+        beta=float(beta),
+        transA=turn_left,
+        transB=turn_right,
     )
     return low.result(call, name)
 
@@ -120,18 +130,14 @@ def index_add(
     column = [1] * len(g.shape)
     column[axis] = g.shape[axis]
     at = low.op("Expand", low.reshape(low.plain(index), column), low.ints(*g.shape))
-    name = low.op(
-        "ScatterElements", low.plain(x), at, low.plain(g), axis=axis, reduction="add"
-    )
+    name = low.op("ScatterElements", low.plain(x), at, low.plain(g), axis=axis, reduction="add")
     return low.result(call, name)
 
 
 @lowers("aten.gather")
 def gather(low: Lowering, call: Call, x: Value, axis: int, index: Value, _sparse: bool) -> Value:
     """y[i][j] = x[i][index[i][j]], for axis 1."""
-    name = low.op(
-        "GatherElements", low.plain(x), low.plain(index), axis=axis % len(x.shape)
-    )
+    name = low.op("GatherElements", low.plain(x), low.plain(index), axis=axis % len(x.shape))
     return low.result(call, name)
 
 
@@ -156,8 +162,12 @@ def scatter_add(
 ) -> Value:
     """x[i][index[i][j]] += source[i][j], for axis 1."""
     name = low.op(
-        "ScatterElements", low.plain(x), low.plain(index), low.plain(source),
-        axis=axis % len(x.shape), reduction="add",
+        "ScatterElements",
+        low.plain(x),
+        low.plain(index),
+        low.plain(source),
+        axis=axis % len(x.shape),
+        reduction="add",
     )
     return low.result(call, name)
 

@@ -29,12 +29,10 @@ from fleetprune_coordinator.graphs.values import Value
 
 
 def scale_and_shift(low: Lowering, x: str, gain: str, offset: str, channels: int) -> str:
-    """x * gain + offset per channel, as one BatchNormalization with mean 0 and variance 1."""
+    """X * gain + offset per channel, as one BatchNormalization with mean 0 and variance 1."""
     zero, one = np.zeros(channels, np.float32), np.ones(channels, np.float32)
     constant = low.writer.constant
-    return low.op(
-        "BatchNormalization", x, gain, offset, constant(zero), constant(one), epsilon=0.0
-    )
+    return low.op("BatchNormalization", x, gain, offset, constant(zero), constant(one), epsilon=0.0)
 
 
 @lowers("aten.native_batch_norm", "aten._native_batch_norm_legit")
@@ -64,8 +62,13 @@ def native_batch_norm(
         if running_mean is None or running_var is None:
             raise call.unsupported("is not supported in evaluation without running statistics")
         name = low.op(
-            "BatchNormalization", low.plain(x), gain, offset,
-            low.plain(running_mean), low.plain(running_var), epsilon=float(eps),
+            "BatchNormalization",
+            low.plain(x),
+            gain,
+            offset,
+            low.plain(running_mean),
+            low.plain(running_var),
+            epsilon=float(eps),
         )
         low.memo["frozen", call.node] = (running_mean, running_var, gain)
         return [low.result(call, name), None, None]
@@ -99,18 +102,12 @@ def _normalise(
     centred = scale_and_shift(low, low.plain(x), ones, low.op("Neg", mean), c)
     variance = _weighted_mean(low, low.op("Mul", centred, centred), x.shape, weights)
     rstd = inverse_root(low, variance, eps)
-    y = low.op(
-        "BatchNormalization", low.plain(x), gain, offset, mean, variance, epsilon=eps
-    )
-    trained = Trained(
-        Value(x.shape, plain=centred), low.op("Mul", rstd, gain), rstd, weights
-    )
+    y = low.op("BatchNormalization", low.plain(x), gain, offset, mean, variance, epsilon=eps)
+    trained = Trained(Value(x.shape, plain=centred), low.op("Mul", rstd, gain), rstd, weights)
     return low.result(call, y), mean, variance, trained
 
 
-def _weighted_mean(
-    low: Lowering, name: str, shape: Sequence[int], weights: Weights
-) -> str:
+def _weighted_mean(low: Lowering, name: str, shape: Sequence[int], weights: Weights) -> str:
     """(C,) mean over positions and live samples."""
     if weights.share is None:
         axes = low.ints(0, *range(2, len(shape)))

@@ -63,7 +63,8 @@ def _dots(low: Lowering, a: str, b: str, shape: Sequence[int]) -> str:
         low,
         low.op("Reshape", a, low.ints(1, n * padded, height, width)),
         low.op("Reshape", b, low.ints(n * padded, 1, height, width)),
-        (height, width), group=n * padded,
+        (height, width),
+        group=n * padded,
     )
     return low.op("Reshape", name, low.ints(n, padded))
 

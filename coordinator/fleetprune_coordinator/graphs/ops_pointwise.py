@@ -94,7 +94,7 @@ def _scaled(low: Lowering, name: str, alpha: float, dtype: str) -> str:
 
 @lowers("aten.add")
 def add(low: Lowering, call: Call, x: Value, y: Operand, alpha: float) -> Value:
-    """x + alpha*y."""
+    """X + alpha*y."""
     return low.pointwise(
         call, lambda a, b: low.op("Add", a, _scaled(low, b, alpha, call.dtype)), x, y
     )
@@ -102,7 +102,7 @@ def add(low: Lowering, call: Call, x: Value, y: Operand, alpha: float) -> Value:
 
 @lowers("aten.sub")
 def sub(low: Lowering, call: Call, x: Value, y: Operand, alpha: float) -> Value:
-    """x - alpha*y."""
+    """X - alpha*y."""
     return low.pointwise(
         call, lambda a, b: low.op("Sub", a, _scaled(low, b, alpha, call.dtype)), x, y
     )
@@ -110,7 +110,7 @@ def sub(low: Lowering, call: Call, x: Value, y: Operand, alpha: float) -> Value:
 
 @lowers("aten.rsub")
 def rsub(low: Lowering, call: Call, x: Value, y: Operand, alpha: float) -> Value:
-    """y - alpha*x."""
+    """Y - alpha*x."""
     return low.pointwise(
         call, lambda a, b: low.op("Sub", b, _scaled(low, a, alpha, call.dtype)), x, y
     )
@@ -140,9 +140,7 @@ def power(low: Lowering, call: Call, x: Value, exponent: Operand) -> Value:
         return x
     if exponent == 2:
         return low.pointwise(call, lambda a: low.op("Mul", a, a), x)
-    return low.pointwise(
-        call, lambda a, b: low.op("Pow", a, b), x, exponent, zero_safe=False
-    )
+    return low.pointwise(call, lambda a, b: low.op("Pow", a, b), x, exponent, zero_safe=False)
 
 
 @lowers("aten.rsqrt")
@@ -197,13 +195,13 @@ def hardtanh(low: Lowering, call: Call, x: Value, lowest: float, highest: float)
 
 @lowers("aten.leaky_relu")
 def leaky_relu(low: Lowering, call: Call, x: Value, slope: float) -> Value:
-    """x where x > 0, else slope*x."""
+    """X where x > 0, else slope*x."""
     return low.pointwise(call, lambda a: low.op("LeakyRelu", a, alpha=float(slope)), x)
 
 
 @lowers("aten.hardswish")
 def hardswish(low: Lowering, call: Call, x: Value) -> Value:
-    """x * clip(x/6 + 1/2, 0, 1)."""
+    """X * clip(x/6 + 1/2, 0, 1)."""
     return low.pointwise(call, lambda a: low.op("Mul", a, _hard_sigmoid(low, a)), x)
 
 
@@ -215,7 +213,7 @@ def hardsigmoid(low: Lowering, call: Call, x: Value) -> Value:
 
 @lowers("aten.where")
 def where(low: Lowering, call: Call, condition: Value, x: Operand, y: Operand) -> Value:
-    """x where the condition holds, else y."""
+    """X where the condition holds, else y."""
 
     def select(c: str, a: str, b: str) -> str:
         return low.op("Where", low.cast(c, "bool"), a, b)
@@ -253,15 +251,13 @@ def _inside(low: Lowering, name: str, bound: str) -> str:
 def _gradient(
     low: Lowering, call: Call, derivative: Callable[..., str], g: Value, *rest: Operand
 ) -> Value:
-    """g * derivative(*rest)."""
-    return low.pointwise(
-        call, lambda a, *names: low.op("Mul", a, derivative(*names)), g, *rest
-    )
+    """G * derivative(*rest)."""
+    return low.pointwise(call, lambda a, *names: low.op("Mul", a, derivative(*names)), g, *rest)
 
 
 @lowers("aten.threshold_backward")
 def threshold_backward(low: Lowering, call: Call, g: Value, x: Value, threshold: float) -> Value:
-    """g where x > threshold, else 0."""
+    """G where x > threshold, else 0."""
     if threshold == 0:
         return _gradient(low, call, lambda a: step(low, a), g, x)
     return _gradient(
@@ -273,7 +269,7 @@ def threshold_backward(low: Lowering, call: Call, g: Value, x: Value, threshold:
 def leaky_relu_backward(
     low: Lowering, call: Call, g: Value, x: Value, slope: float, _is_result: bool
 ) -> Value:
-    """g where x > 0, else slope*g."""
+    """G where x > 0, else slope*g."""
 
     def derivative(a: str, rise: str, base: str) -> str:
         return low.op("Add", low.op("Mul", step(low, a), rise), base)
@@ -285,7 +281,7 @@ def leaky_relu_backward(
 def hardtanh_backward(
     low: Lowering, call: Call, g: Value, x: Value, lowest: float, highest: float
 ) -> Value:
-    """g where lowest < x < highest, else 0."""
+    """G where lowest < x < highest, else 0."""
 
     def derivative(a: str, lo: str, hi: str) -> str:
         inside = low.op("And", low.op("Greater", a, lo), low.op("Less", a, hi))
@@ -296,7 +292,7 @@ def hardtanh_backward(
 
 @lowers("aten.hardswish_backward")
 def hardswish_backward(low: Lowering, call: Call, g: Value, x: Value) -> Value:
-    """g * (0 below -3, x/3 + 1/2 inside, 1 above 3) = g * (hardsigmoid(x) + x/6 * [|x| < 3])."""
+    """G * (0 below -3, x/3 + 1/2 inside, 1 above 3) = g * (hardsigmoid(x) + x/6 * [|x| < 3])."""
 
     def derivative(a: str, sixth: str, bound: str) -> str:
         inner = low.op("Mul", low.op("Mul", a, sixth), _inside(low, a, bound))
@@ -317,23 +313,19 @@ def hardsigmoid_backward(low: Lowering, call: Call, g: Value, x: Value) -> Value
 
 @lowers("aten.sigmoid_backward")
 def sigmoid_backward(low: Lowering, call: Call, g: Value, y: Value) -> Value:
-    """g * y*(1 - y)."""
-    return _gradient(
-        low, call, lambda a, one: low.op("Mul", a, low.op("Sub", one, a)), g, y, 1.0
-    )
+    """G * y*(1 - y)."""
+    return _gradient(low, call, lambda a, one: low.op("Mul", a, low.op("Sub", one, a)), g, y, 1.0)
 
 
 @lowers("aten.tanh_backward")
 def tanh_backward(low: Lowering, call: Call, g: Value, y: Value) -> Value:
-    """g * (1 - y*y)."""
-    return _gradient(
-        low, call, lambda a, one: low.op("Sub", one, low.op("Mul", a, a)), g, y, 1.0
-    )
+    """G * (1 - y*y)."""
+    return _gradient(low, call, lambda a, one: low.op("Sub", one, low.op("Mul", a, a)), g, y, 1.0)
 
 
 @lowers("aten.silu_backward")
 def silu_backward(low: Lowering, call: Call, g: Value, x: Value) -> Value:
-    """g * s*(1 + x*(1 - s)) with s = sigmoid(x)."""
+    """G * s*(1 + x*(1 - s)) with s = sigmoid(x)."""
 
     def derivative(a: str, one: str) -> str:
         s = low.op("Sigmoid", a)
@@ -345,5 +337,5 @@ def silu_backward(low: Lowering, call: Call, g: Value, x: Value) -> Value:
 
 @lowers("aten.silu")
 def silu(low: Lowering, call: Call, x: Value) -> Value:
-    """x * sigmoid(x)."""
+    """X * sigmoid(x)."""
     return low.pointwise(call, lambda a: low.op("Mul", a, low.op("Sigmoid", a)), x)

@@ -28,8 +28,14 @@ def max_pool2d(
     """
     stride = stride or kernel
     value, index = low.writer.multi(
-        "MaxPool", low.plain(x), outputs=2, kernel_shape=list(kernel), strides=list(stride),
-        pads=[*pad, *pad], dilations=list(dilation), ceil_mode=int(ceil_mode),
+        "MaxPool",
+        low.plain(x),
+        outputs=2,
+        kernel_shape=list(kernel),
+        strides=list(stride),
+        pads=[*pad, *pad],
+        dilations=list(dilation),
+        ceil_mode=int(ceil_mode),
     )
     return [low.result(call, value), Value(call.shape, "int64", plain=index)]
 
@@ -130,8 +136,12 @@ def avg_pool2d(
     """Mean per window."""
     _check_average(call, ceil_mode, divisor)
     name = low.op(
-        "AveragePool", low.plain(x), kernel_shape=list(kernel), strides=list(stride or kernel),
-        pads=[*pad, *pad], count_include_pad=int(count_pad),
+        "AveragePool",
+        low.plain(x),
+        kernel_shape=list(kernel),
+        strides=list(stride or kernel),
+        pads=[*pad, *pad],
+        count_include_pad=int(count_pad),
     )
     return low.result(call, name)
 
@@ -142,7 +152,10 @@ def _check_average(call: Call, ceil_mode: bool, divisor: int | None) -> None:
 
 
 def _window_counts(
-    size: Sequence[int], out: Sequence[int], kernel: Sequence[int], stride: Sequence[int],
+    size: Sequence[int],
+    out: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
     pad: Sequence[int],
 ) -> NDArray[np.float32]:
     """(Ho, Wo) elements per window that are not padding."""
@@ -194,7 +207,11 @@ def avg_pool2d_backward(
     planes = low.op("Reshape", scaled, low.ints(prod(front), 1, *out))
     ones = low.writer.constant(np.ones((1, 1, *kernel), np.float32))
     name = low.op(
-        "ConvTranspose", planes, ones, strides=list(stride), pads=[*pad, *pad],
+        "ConvTranspose",
+        planes,
+        ones,
+        strides=list(stride),
+        pads=[*pad, *pad],
         output_padding=rest,
     )
     return low.result(call, low.reshape(name, call.shape))

@@ -18,9 +18,7 @@ def _axes(axes: Axes, rank: int) -> list[int]:
     return [a % rank for a in axes] if axes else list(range(rank))
 
 
-def _reduce(
-    low: Lowering, call: Call, op_type: str, x: Value, axes: Axes, keepdim: bool
-) -> Value:
+def _reduce(low: Lowering, call: Call, op_type: str, x: Value, axes: Axes, keepdim: bool) -> Value:
     over = _axes(axes, len(x.shape))
     name = low.plain(x)
     if not over:
@@ -47,7 +45,8 @@ def _blocked_mean(low: Lowering, call: Call, x: Value, axes: Axes, scale: float)
 def _no_axes(call: Call) -> bool:
     """Whether this is the overload without a `dim` argument."""
     return str(call.node.target).endswith(".default") and not any(
-        a.name == "dim" for a in call.node.target._schema.arguments  # type: ignore[union-attr]
+        a.name == "dim"
+        for a in call.node.target._schema.arguments  # type: ignore[union-attr]
     )
 
 
@@ -90,9 +89,7 @@ def amin(low: Lowering, call: Call, x: Value, axes: Axes, keepdim: bool) -> Valu
 def any_(low: Lowering, call: Call, x: Value, axes: Axes = None, keepdim: bool = False) -> Value:
     """Whether any element is true."""
     over = low.ints(*_axes(axes, len(x.shape)))
-    largest = low.op(
-        "ReduceMax", low.cast(low.plain(x), "float32"), over, keepdims=int(keepdim)
-    )
+    largest = low.op("ReduceMax", low.cast(low.plain(x), "float32"), over, keepdims=int(keepdim))
     return low.result(call, low.cast(largest, "bool"))
 
 
@@ -133,23 +130,21 @@ def safe_softmax(low: Lowering, call: Call, x: Value, axis: int, _dtype: Any) ->
 
 @lowers("aten._log_softmax")
 def log_softmax(low: Lowering, call: Call, x: Value, axis: int, _half: bool) -> Value:
-    """x - log(sum(exp(x)))."""
+    """X - log(sum(exp(x)))."""
     return low.result(call, low.op("LogSoftmax", low.plain(x), axis=axis))
 
 
 @lowers("aten._softmax_backward_data")
 def softmax_backward(low: Lowering, call: Call, g: Value, y: Value, axis: int, _: Any) -> Value:
-    """y * (g - sum(g*y))."""
+    """Y * (g - sum(g*y))."""
     gy = low.op("Mul", low.plain(g), low.plain(y))
     total = low.op("ReduceSum", gy, low.ints(axis % len(y.shape)), keepdims=1)
     return low.result(call, low.op("Sub", gy, low.op("Mul", low.plain(y), total)))
 
 
 @lowers("aten._log_softmax_backward_data")
-def log_softmax_backward(
-    low: Lowering, call: Call, g: Value, y: Value, axis: int, _: Any
-) -> Value:
-    """g - exp(y) * sum(g)."""
+def log_softmax_backward(low: Lowering, call: Call, g: Value, y: Value, axis: int, _: Any) -> Value:
+    """G - exp(y) * sum(g)."""
     total = low.op("ReduceSum", low.plain(g), low.ints(axis % len(y.shape)), keepdims=1)
     spread = low.op("Mul", low.op("Exp", low.plain(y)), total)
     return low.result(call, low.op("Sub", low.plain(g), spread))

@@ -96,12 +96,8 @@ def repeat(low: Lowering, call: Call, x: Value, repeats: Sequence[int]) -> Value
     return low.result(call, low.op("Tile", name, low.dims(repeats)))
 
 
-def _slice(
-    low: Lowering, name: str, axis: int, start: int, end: int, step: int = 1
-) -> str:
-    return low.op(
-        "Slice", name, low.ints(start), low.ints(end), low.ints(axis), low.ints(step)
-    )
+def _slice(low: Lowering, name: str, axis: int, start: int, end: int, step: int = 1) -> str:
+    return low.op("Slice", name, low.ints(start), low.ints(end), low.ints(axis), low.ints(step))
 
 
 def _bounds(size: int, start: int | None, end: int | None) -> tuple[int, int]:
@@ -153,28 +149,24 @@ def slice_backward(
     end: int,
     step: int,
 ) -> Value:
-    """g put back where it was cut from, zeros elsewhere."""
+    """G put back where it was cut from, zeros elsewhere."""
     axis %= len(shape)
     if step != 1:
         raise call.unsupported(f"is not supported with step {step}")
     first, last = _bounds(shape[axis], start, end)
-    return low.result(
-        call, _pad(low, low.plain(g), len(shape), axis, first, shape[axis] - last)
-    )
+    return low.result(call, _pad(low, low.plain(g), len(shape), axis, first, shape[axis] - last))
 
 
 @lowers("aten.select_backward")
 def select_backward(
     low: Lowering, call: Call, g: Value, shape: Sequence[int], axis: int, index: int
 ) -> Value:
-    """g put back at one index, zeros elsewhere."""
+    """G put back at one index, zeros elsewhere."""
     axis %= len(shape)
     index %= shape[axis]
     narrow = [*shape[:axis], 1, *shape[axis + 1 :]]
     name = low.reshape(low.plain(g), narrow)
-    return low.result(
-        call, _pad(low, name, len(shape), axis, index, shape[axis] - index - 1)
-    )
+    return low.result(call, _pad(low, name, len(shape), axis, index, shape[axis] - index - 1))
 
 
 @lowers("aten.cat")
@@ -206,9 +198,7 @@ def split(low: Lowering, call: Call, x: Value, _sizes: Any, axis: int) -> list[V
     if len(call.outputs) == 1:
         return [x]
     sizes = low.ints(*(shape[axis] for shape, _ in call.outputs))
-    names = low.writer.multi(
-        "Split", low.plain(x), sizes, outputs=len(call.outputs), axis=axis
-    )
+    names = low.writer.multi("Split", low.plain(x), sizes, outputs=len(call.outputs), axis=axis)
     return [
         Value(shape, dtype, plain=name)
         for (shape, dtype), name in zip(call.outputs, names, strict=True)
@@ -220,8 +210,7 @@ def unbind(low: Lowering, call: Call, x: Value, axis: int) -> list[Value]:
     """All slices along one axis."""
     axis %= len(x.shape)
     return [
-        Value(shape, dtype, plain=low.op(
-            "Gather", low.plain(x), low.scalar(i, "int64"), axis=axis))
+        Value(shape, dtype, plain=low.op("Gather", low.plain(x), low.scalar(i, "int64"), axis=axis))
         for i, (shape, dtype) in enumerate(call.outputs)
     ]
 
@@ -235,9 +224,7 @@ def constant_pad_nd(
     before, after = [0] * axes, [0] * axes
     for i in range(len(pads) // 2):
         before[axes - 1 - i], after[axes - 1 - i] = pads[2 * i], pads[2 * i + 1]
-    name = low.op(
-        "Pad", low.plain(x), low.ints(*before, *after), low.scalar(value, call.dtype)
-    )
+    name = low.op("Pad", low.plain(x), low.ints(*before, *after), low.scalar(value, call.dtype))
     return low.result(call, name)
 
 
@@ -272,8 +259,15 @@ def new_full(low: Lowering, call: Call, _x: Value, _shape: Any, value: float, *_
 
 
 @lowers(
-    "aten.zeros", "aten.zeros_like", "aten.new_zeros", "aten.zero", "aten.new_empty",
-    "aten.empty", "aten.empty_like", "aten.new_empty_strided", "aten.empty_strided",
+    "aten.zeros",
+    "aten.zeros_like",
+    "aten.new_zeros",
+    "aten.zero",
+    "aten.new_empty",
+    "aten.empty",
+    "aten.empty_like",
+    "aten.new_empty_strided",
+    "aten.empty_strided",
 )
 def zeros(low: Lowering, call: Call, *_: Any) -> Value:
     """Zeros; also for memory that torch leaves uninitialised, and then fills."""
@@ -291,6 +285,4 @@ def arange(low: Lowering, call: Call, *bounds: Any) -> Value:
     """Numbers at equal distances, as a constant."""
     overload = str(call.node.target).rsplit(".", 1)[-1]
     used = {"default": 1, "start": 2, "start_step": 3}[overload]
-    return Value(
-        call.shape, call.dtype, constant=np.arange(*bounds[:used]).astype(call.dtype)
-    )
+    return Value(call.shape, call.dtype, constant=np.arange(*bounds[:used]).astype(call.dtype))

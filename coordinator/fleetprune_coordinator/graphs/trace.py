@@ -61,7 +61,7 @@ TAKEN_APART = (
 All others stay whole, so that an error names the operator that the user's layer calls.
 """
 
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm  # noqa: SLF001
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -126,27 +126,25 @@ def torch_alike() -> Iterator[None]:
 
 
 class _Callers(TorchDispatchMode):
-    """Notes which module calls each ATen operator first."""
+    """Notes which modules call each ATen operator, in order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stack: list[tuple[str, nn.Module]] = []
-        self.first: dict[str, tuple[str, nn.Module]] = {}
+        self.calls: dict[str, list[tuple[str, nn.Module]]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        name = func._schema.name.replace("::", ".").removesuffix("_")  # noqa: SLF001
+        name = func._schema.name.replace("::", ".").removesuffix("_")
         if self.stack:
-            self.first.setdefault(name, self.stack[-1])
+            self.calls.setdefault(name, []).append(self.stack[-1])
         return func(*args, **(kwargs or {}))
 
     def watch(self, model: nn.Module) -> None:
         """Keep `stack` at the modules that are running."""
         for name, module in model.named_modules():
-            module.register_forward_pre_hook(
-                lambda m, _, name=name: self.stack.append((name, m))
-            )
+            module.register_forward_pre_hook(lambda m, _, name=name: self.stack.append((name, m)))
             module.register_forward_hook(lambda *_: self.stack.pop() and None)
 
 
@@ -157,9 +155,11 @@ def explain(error: NotLoweredError, model: nn.Module, x: torch.Tensor) -> GraphE
     callers.watch(clone)
     with torch.no_grad(), torch_alike(), callers:
         clone(x)
-    target = error.target.removesuffix("_backward")
-    if target not in callers.first:
+    calls = callers.calls.get(error.target.removesuffix("_backward"), [])
+    if error.occurrence >= len(calls):
         return GraphError(f"{error}; remove or replace the layer that calls it")
-    path, module = callers.first[target]
+    if error.target.endswith("_backward"):
+        calls.reverse()  # gradients are computed from the last layer to the first
+    path, module = calls[error.occurrence]
     where = f"layer '{path}'" if path else "the model itself"
     return GraphError(f"{where} ({type(module).__name__}): {error}; remove or replace that layer")

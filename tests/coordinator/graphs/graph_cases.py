@@ -14,12 +14,16 @@ torch.set_num_threads(1)
 BLOCKS = (0, native_block()) if native_block() else (0,)
 
 
-def run_graph(graph, feeds):
+def open_session(graph):
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(graph.onnx, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(graph.onnx, options, providers=["CPUExecutionProvider"])
+
+
+def run_graph(graph, feeds):
+    session = open_session(graph)
     names = [o.name for o in session.get_outputs()]
     return dict(zip(names, session.run(names, feeds), strict=True))
 

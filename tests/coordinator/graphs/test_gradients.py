@@ -9,7 +9,15 @@ from torch import nn
 
 from fleetprune_coordinator.graphs import export_train_step
 
-from .graph_cases import BLOCKS, Scaled, randomise, relative_error, run_graph, step_feeds, torch_step
+from .graph_cases import (
+    BLOCKS,
+    Scaled,
+    randomise,
+    relative_error,
+    run_graph,
+    step_feeds,
+    torch_step,
+)
 
 ROUNDING = 2e-6
 """Float32 against float64, in the norm of the whole gradient."""
@@ -183,7 +191,9 @@ CASES = {
               "LeakyReLU", "ELU", "Softplus", "Mish")
 }  # fmt: skip
 CASES["slices"] = (
-    nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), Function(lambda x: x[:, 2:10] * x[:, 6:14, :, 3:4])),
+    nn.Sequential(
+        nn.Conv2d(8, 16, 3, padding=1), Function(lambda x: x[:, 2:10] * x[:, 6:14, :, 3:4])
+    ),
     IMAGE,
 )
 

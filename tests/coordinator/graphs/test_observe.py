@@ -93,7 +93,7 @@ def test_a_linear_layer_on_sequences_sums_over_positions():
     graph = export_observe(model, x, batch=2, observed=["weight"])
     out = run_graph(graph, feeds(model, x, [1, 0.5]))
     # Column 0 holds 0, 3 in the first sample and 6, 9 in the second: 0 + 9 + (36 + 81) / 2.
-    assert out["sumsq"].tolist() == [67.5, 90.5, 117.5]
+    assert out["sumsq"].tolist() == [67.5, 91.5, 121.5]
 
 
 def test_without_batch_norm_there_are_no_statistics():

@@ -1,0 +1,63 @@
+import queue
+import socket
+import subprocess
+import sys
+
+import pytest
+from tests.brokers import KINDS
+
+from fleetprune.errors import TransportError
+from fleetprune.mqtt import Connection
+from fleetprune_sim.broker import EmbeddedBroker, _accepts, embedded_broker
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_on_loopback_and_is_gone_afterwards(tmp_path, kind):
+    with embedded_broker(tmp_path, kind=kind) as settings:
+        assert settings.host == "127.0.0.1"
+        got = queue.Queue()
+        connection = Connection(settings, "c", on_message=lambda *m: got.put(m))
+        connection.subscribe(["t"])
+        connection.start()
+        connection.wait_connected(10)
+        payload = bytes(100 * 1024)  # more than iotcore's own default of 20 KiB
+        connection.publish("t", payload)
+        assert got.get(timeout=10) == ("t", payload)
+        connection.stop()
+        listening = subprocess.run(
+            ["ss", "-Hltn", f"sport = :{settings.port}"], capture_output=True, text=True, check=False
+        )
+        if listening.returncode == 0 and listening.stdout:
+            assert all("127.0.0.1:" in line for line in listening.stdout.splitlines())
+    assert not _accepts(settings.port)
+    assert (tmp_path / f"{kind}.log").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_starts_again_on_the_same_port(tmp_path, kind):
+    broker = EmbeddedBroker(tmp_path, kind=kind)
+    broker.start()
+    broker.kill()
+    assert not _accepts(broker.settings.port)
+    broker.start()
+    assert _accepts(broker.settings.port)
+    broker.stop()
+    broker.stop()
+
+
+def test_a_broker_that_cannot_start_says_why(tmp_path):
+    broker = EmbeddedBroker(tmp_path)
+    broker._command = lambda: [sys.executable, "-c", "import sys; sys.exit('no such listener')"]
+    with pytest.raises(TransportError) as e:
+        broker.start()
+    assert str(e.value) == (
+        f"{broker.kind} does not start on port {broker.settings.port}: no such listener"
+    )
+
+
+def test_the_port_can_be_chosen(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with embedded_broker(tmp_path, port) as settings:
+        assert settings.port == port
