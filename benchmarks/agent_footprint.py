@@ -205,7 +205,7 @@ def measure_install(folder: Path) -> dict[str, float]:
     venv = folder / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     empty = disk_mb(venv)
-    pip = [str(venv / "bin" / "pip"), "install", "--quiet", f"{ROOT}[agent]"]
+    pip = [str(venv / "bin" / "pip"), "install", "-qq", f"{ROOT}[agent]"]
     subprocess.run(pip, check=True)
     return {"install": disk_mb(venv) - empty, "install_with_pip": disk_mb(venv)}
 

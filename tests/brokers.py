@@ -22,7 +22,7 @@ def _run(folder, kind):
     running.kill()
 
 
-@pytest.fixture(scope="module", params=KINDS or [None], ids=lambda k: str(k))
+@pytest.fixture(scope="module", params=KINDS or [None], ids=str)
 def broker(request, tmp_path_factory):
     if request.param is None:
         pytest.skip("no MQTT broker: install mosquitto or iotcore")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,9 @@ from fleetprune.errors import FleetpruneError, GraphError
 from fleetprune.model_payload import ModelPayload
 from fleetprune_agent.data import Batches
 from fleetprune_agent.sessions import Arrays, Session, require_finite, run_graph
+
+RAREST: Final = 1e-3
+"""Share that a label without samples is taken to have, so that its logit stays finite."""
 
 
 class StoppedError(FleetpruneError):
@@ -49,6 +53,8 @@ def train(
     max_steps: int,
     learning_rate: float,
     rng: np.random.Generator,
+    proximal: float = 0.0,
+    prior: NDArray[np.float32] | None = None,
     stopped: Callable[[], bool] = never,
 ) -> Trained:
     """Train for some epochs, each step with one of several graphs, drawn evenly.
@@ -65,6 +71,10 @@ def train(
         max_steps: At most so many steps; 0: as many as the epochs have.
         learning_rate: Of every step.
         rng: Draws the graphs.
+        proximal: Pull towards where training started, after each step and outside of momentum:
+            `w -= learning_rate * proximal * (w - start)` (FedProx, Li et al. 2020, decoupled as
+            AdamW decouples weight decay).
+        prior: (classes,) for graphs that adjust logits; see `log_frequencies`.
         stopped: Asked before each step.
 
     Returns:
@@ -80,6 +90,8 @@ def train(
     state = {"params": payload.params, "stats": payload.stats}
     state["momentum"] = np.zeros_like(payload.params)
     rate = np.array(learning_rate, np.float32)
+    pull = np.float32(learning_rate * proximal)
+    constant = {"lr": rate} if prior is None else {"lr": rate, "prior": prior}
     taylor: NDArray[np.float64] | None = None
     loss_sum, seen, taken = 0.0, 0, 0
     while taken < total:
@@ -87,7 +99,7 @@ def train(
             if stopped():
                 raise StoppedError(f"stopped after {taken} of {total} steps")
             session = steps[int(rng.integers(len(steps)))] if len(steps) > 1 else steps[0]
-            feeds: Arrays = {"x": batch.x, "y": batch.y, "sw": batch.sw, "lr": rate, **state}
+            feeds: Arrays = {"x": batch.x, "y": batch.y, "sw": batch.sw, **constant, **state}
             out = run_graph(session, feeds)
             taken += 1
             loss = float(out["loss"])
@@ -99,6 +111,8 @@ def train(
             loss_sum += loss * batch.samples
             seen += batch.samples
             state = {k: out.get(f"{k}_out", v) for k, v in state.items()}
+            if pull:
+                state["params"] -= pull * (state["params"] - payload.params)
             if "taylor" in out:
                 score = out["taylor"].astype(np.float64)
                 taylor = score if taylor is None else taylor + score
@@ -115,3 +129,17 @@ def train(
         steps=taken,
         loss=loss_sum / seen if seen else None,
     )
+
+
+def log_frequencies(y: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
+    """Log of each label's share of the samples; `RAREST` stands for a share of 0.
+
+    Args:
+        y: (n,) labels, 0 <= y < classes, n > 0.
+        classes: Number of classes.
+
+    Returns:
+        (classes,) float32.
+    """
+    shares = np.bincount(y, minlength=classes) / y.size
+    return np.log(shares + RAREST).astype(np.float32)

@@ -23,7 +23,7 @@ from fleetprune_agent.feedback import Memory, MemoryStore
 from fleetprune_agent.memory import rss_mb
 from fleetprune_agent.observer import observe
 from fleetprune_agent.sessions import Graph, Graphs, require_finite
-from fleetprune_agent.trainer import never, train
+from fleetprune_agent.trainer import log_frequencies, never, train
 from fleetprune_agent.trust import SignedFile
 
 
@@ -201,6 +201,8 @@ class Worker:
             max_steps=task.max_steps,
             learning_rate=task.learning_rate,
             rng=choice,
+            proximal=task.proximal,
+            prior=self._prior(graphs[0]),
             stopped=self._stopped,
         )
         seconds = self._clock() - started
@@ -215,6 +217,12 @@ class Worker:
         header = self._header(task, seconds, steps=trained.steps, loss=trained.loss)
         answer = encode_result(header, sections, update)
         return memory.left_out(task.mask_version, task.shape, left_out), answer
+
+    def _prior(self, graph: Graph) -> NDArray[np.float32] | None:
+        """The device's label frequencies, for graphs that adjust logits."""
+        if not graph.meta.classes or self.samples.y is None:
+            return None
+        return log_frequencies(self.samples.y, graph.meta.classes)
 
     def _observe(self, task: Task, graph: Graph, payload: ModelPayload, started: float) -> bytes:
         batches = Batches(self.samples.x, self.samples.y, graph.meta.batch or 1)

@@ -117,9 +117,15 @@ class TrainingConfig(_Section):
     criterion: Criterion = Criterion.TAYLOR
     first_criterion: Criterion = Criterion.MAGNITUDE
     """Of the first masks of a model that comes trained, before any device has reported."""
-    proximal: float = Field(default=0.0, ge=0)
+    proximal: float = Field(default=1.0, ge=0)
     """Pull towards the received weights while training; 0: none."""
+    adjust_logits: bool = True
+    """Devices train against their own label frequencies, so that a class that they seldom see
+    is not unlearned; with `cross_entropy` only."""
     distill_weight: float = Field(default=1.0, ge=0)
+    """Of what a class's model teaches the narrower one inside it; 0: classes train alone."""
+    mutual_weight: float = Field(default=0.5, ge=0)
+    """Of what the narrower model teaches back."""
     calibration_passes: int = Field(default=8, ge=0)
     calibrate_with: Literal["class", "covering"] = "covering"
     """Whose samples a class's statistics come from: its own devices', or also those of every

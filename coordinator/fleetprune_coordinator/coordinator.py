@@ -103,6 +103,8 @@ class Coordinator:
                 momentum=config.training.momentum,
                 weight_decay=config.training.weight_decay,
                 distill_weight=config.training.distill_weight,
+                mutual_weight=config.training.mutual_weight,
+                prior=config.training.adjust_logits and config.model.loss == "cross_entropy",
             ),
         )
         self.rounds = Rounds(

@@ -43,6 +43,9 @@ class StepOptions:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     distill_weight: float = 1.0
+    mutual_weight: float = 0.5
+    prior: bool = True
+    """Let devices adjust logits by their own label frequencies (classification only)."""
 
 
 def gate_members(architecture: Architecture, keep: KeepCounts) -> list[list[GateMember]]:
@@ -155,6 +158,7 @@ class GraphLibrary:
                     resize(self._model, self._architecture, keep),
                     student_index(self._architecture, wide, keep),
                     options.distill_weight,
+                    options.mutual_weight,
                 )
             return export_train_step(
                 resize(self._model, self._architecture, wide),
@@ -166,6 +170,7 @@ class GraphLibrary:
                 block=block,
                 gates=gate_members(self._architecture, wide),
                 student=student,
+                prior=options.prior,
             )
 
         partner = dict(keep) if keep is not None else None

@@ -40,7 +40,7 @@ from fleetprune_coordinator.block_server import Admission, BlockServer
 log = logging.getLogger(__name__)
 
 ANNOUNCE = Backoff(first_s=4.0, most_s=120.0)  # a task is 1-2 kB: rare enough for a metered link
-SETTLE_S = 1.0  # a device that comes back says so twice (status, enrol): announce once
+SETTLE_S = 0.5  # a device that comes back says so twice (status, enrol): its ack comes in between
 MAX_DEVICES = 100_000  # names remembered: bounds what invented device names cost us
 ONLINE, OFFLINE = b"online", b"offline"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -220,8 +220,8 @@ class Hub:
         if known is None:
             known = _Announced(task, now + task.deadline_s, now)
             self._announced[task.task] = known
-        elif now - known.sent_at >= SETTLE_S:
-            known.due, known.attempt = now, 0
+        else:
+            known.due, known.attempt = max(now, known.sent_at + SETTLE_S), 0
 
     def _announce_open(self, device: str) -> None:
         """All open tasks, at a device's return."""

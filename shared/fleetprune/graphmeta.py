@@ -96,6 +96,8 @@ class GraphMeta(_Plain):
     """Length of the output `taylor`; 0: there is none."""
     observed: int = 0
     """Length of the output `sumsq`; 0: there is none."""
+    classes: int = 0
+    """Length of the input `prior`; 0: there is no such input."""
     momentum: float = 0.0
     verification: Verification
 
@@ -169,7 +171,7 @@ def reference_feeds(meta: GraphMeta) -> dict[str, NDArray[Any]]:
 
     Returns:
         By input name, as the graph takes them: x, and for training y, sw, lr (1.0), params,
-        momentum (zeros) and stats.
+        momentum (zeros), stats and prior.
     """
     v = meta.verification
     feeds: dict[str, NDArray[Any]] = {"x": _tensor(v.x, seed=1)}
@@ -187,6 +189,8 @@ def reference_feeds(meta: GraphMeta) -> dict[str, NDArray[Any]]:
         feeds["y"] = _tensor(v.y, seed=5)
         feeds["lr"] = np.array(1.0, np.float32)
         feeds["momentum"] = np.zeros_like(feeds["params"])
+        if meta.classes:
+            feeds["prior"] = noise(meta.classes, seed=6).astype(np.float32)
     return feeds
 
 

@@ -120,6 +120,22 @@ class _CountingClient(paho.Client):
         self.sent += length
         return length
 
+    def _ssl_wrap_socket(self, tcp_sock: socket.socket) -> ssl.SSLSocket:
+        """Shake hands, and close the socket if that fails, which paho's own method forgets."""
+        context = self._ssl_context
+        if context is None:
+            raise ConnectionError("TLS without a context")
+        wrapped = context.wrap_socket(
+            tcp_sock, server_hostname=self._host, do_handshake_on_connect=False
+        )
+        try:
+            wrapped.settimeout(self._connect_timeout)
+            wrapped.do_handshake()
+        except (OSError, ValueError):
+            wrapped.close()
+            raise
+        return wrapped
+
     def close_wake_up(self) -> None:
         """Close the pair of sockets that wakes paho's loop: each `loop_start` makes a new one."""
         self._reset_sockets(sockpair_only=True)

@@ -1,6 +1,8 @@
+import gc
 import re
 import sys
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -258,3 +260,16 @@ def test_batches_draw_a_new_order_each_pass():
 def test_batches_of_nothing():
     with refuses("no samples to make batches of"):
         Batches(np.zeros((0, 2), np.float32), None, 4)
+
+
+def test_a_split_does_not_keep_the_whole_in_memory(tmp_path):
+    for name in "ab":
+        np.savez(tmp_path / f"{name}.npz", x=np.arange(8.0).reshape(4, 2))
+    whole = read_npz(tmp_path)
+    memory = weakref.ref(whole.x)
+    parts = split(whole, 0.25)
+    assert memory() is not None
+    del whole
+    gc.collect()
+    assert memory() is None
+    assert parts.train.where(0).startswith(str(tmp_path))

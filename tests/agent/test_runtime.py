@@ -62,12 +62,12 @@ def test_a_graph_for_another_block_is_refused(model):
 def test_wrong_weights_in_an_inference_graph_are_noticed(model):
     graph = export_infer(model, torch.zeros(1, 1, 8, 8))
     other = export_infer(models.digits_cnn(), torch.zeros(1, 1, 8, 8))
-    with pytest.raises(GraphError, match="infer graph computes wrong numbers on this machine: y"):
+    with pytest.raises(GraphError, match=r"infer graph computes wrong numbers on this machine: y"):
         runtime.verify(runtime.inference_session(other.onnx), graph.meta)
 
 
 def test_bytes_that_are_no_graph_are_refused():
-    with pytest.raises(GraphError, match="^onnxruntime cannot load the graph: "):
+    with pytest.raises(GraphError, match=r"^onnxruntime cannot load the graph: "):
         runtime.training_session(b"no graph")
 
 

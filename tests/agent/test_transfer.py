@@ -8,7 +8,6 @@ import threading
 import time
 
 import pytest
-from tests.brokers import restartable  # noqa: F401
 
 from fleetprune.blocks import (
     Block,
@@ -27,6 +26,7 @@ from fleetprune.errors import TransportError, TrustError, WireError
 from fleetprune.mqtt import Connection
 from fleetprune.topics import Topics
 from fleetprune_agent.transfer import MAX_PARTS, BlobClient
+from tests.brokers import restartable  # noqa: F401
 
 BS = 1000
 DATA = random.Random(5).randbytes(30 * BS + 17)
@@ -92,9 +92,9 @@ def test_read(tmp_path):
     assert client.read("metadata/timestamp.json", 2) == b"{}"
     assert client.read("long", len(DATA)) == DATA
     assert client.read("empty", 0) == b""
-    with pytest.raises(NotFoundError, match="^the coordinator has no metadata/2.root.json$"):
+    with pytest.raises(NotFoundError, match=r"^the coordinator has no metadata/2.root.json$"):
         client.read("metadata/2.root.json", 100)
-    with pytest.raises(WireError, match="^long has 30017 bytes, expected at most 30016$"):
+    with pytest.raises(WireError, match=r"^long has 30017 bytes, expected at most 30016$"):
         client.read("long", len(DATA) - 1)
 
 
@@ -126,16 +126,16 @@ def test_content_with_another_hash_is_removed(tmp_path):
 
 
 def test_content_of_another_size_is_refused(tmp_path):
-    with pytest.raises(WireError, match="^blobs/x has 30017 bytes, expected 40000$|at most"):
+    with pytest.raises(WireError, match=r"^blobs/x has 30017 bytes, expected 40000$|at most"):
         Peer(tmp_path).client.pull("blobs/x", 40_000, SHA, tmp_path / "x")
-    with pytest.raises(WireError, match="^'XY' is not a SHA-256 in lower-case hex$"):
+    with pytest.raises(WireError, match=r"^'XY' is not a SHA-256 in lower-case hex$"):
         Peer(tmp_path).client.pull("blobs/x", 1, "XY", tmp_path / "x")
 
 
 def test_refusal_is_final(tmp_path):
     peer = Peer(tmp_path)
     peer.refuse = "the round is closed"
-    with pytest.raises(RefusedError, match="refused results/t: the round is closed$"):
+    with pytest.raises(RefusedError, match=r"refused results/t: the round is closed$"):
         peer.client.push("results/t", DATA)
 
 
@@ -158,7 +158,7 @@ def test_abort_ends_a_transfer(tmp_path):
     peer.lose = lambda: True
     threading.Timer(0.1, abort.set).start()
     started = time.monotonic()
-    with pytest.raises(TransportError, match="^transfer of results/t was stopped$"):
+    with pytest.raises(TransportError, match=r"^transfer of results/t was stopped$"):
         peer.client.push("results/t", b"x")
     assert time.monotonic() - started < 2
 
@@ -293,7 +293,7 @@ def test_broker_killed_in_mid_transfer(tmp_path, restartable):  # noqa: F811
         restartable.settings,
         "d1",
         on_message=lambda topic, payload: client.feed(topic.rsplit("/", 1)[1], payload),
-        on_up=lambda: client.reconnected(),
+        on_up=lambda: client.reconnected(),  # noqa: PLW0108  (bound later)
     )
     device.subscribe([topics.down("d1", "+")])
     client = BlobClient(

@@ -82,7 +82,7 @@ def test_a_replaced_file_has_another_edition(fixture):
     old = fixture.ask("a", 0)[0]
     assert fixture.ask("a", 0)[0] == old
     (fixture.files / "new").write_bytes(b"new")
-    os.replace(fixture.files / "new", fixture.files / "a")
+    (fixture.files / "new").replace(fixture.files / "a")
     new = fixture.ask("a", 0)[0]
     assert (old.data, new.data) == (b"old", b"new")
     assert old.edition != new.edition
@@ -90,11 +90,11 @@ def test_a_replaced_file_has_another_edition(fixture):
 
 def test_requests_for_blocks_that_do_not_exist_or_for_other_messages_are_refused(fixture):
     (fixture.files / "a").write_bytes(DATA)
-    with pytest.raises(WireError, match="^block 5 of 5$"):
+    with pytest.raises(WireError, match=r"^block 5 of 5$"):
         fixture.ask("a", 5)
-    with pytest.raises(WireError, match="^NotFound where a request was expected$"):
+    with pytest.raises(WireError, match=r"^NotFound where a request was expected$"):
         list(fixture.server.get(NotFound(1).encode()))
-    with pytest.raises(WireError, match="^NotFound where a put was expected$"):
+    with pytest.raises(WireError, match=r"^NotFound where a put was expected$"):
         fixture.server.put("d1", NotFound(1).encode())
 
 

@@ -2,8 +2,6 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from tests.brokers import broker, restartable  # noqa: F401
-from tests.coordinator.fleet_fakes import MODEL, FakeDevice, MemoryStore, task
 
 from fleetprune.blocks import NotFoundError, RefusedError
 from fleetprune.messages import Announcement, Enrol, Progress, TaskAck, Telemetry
@@ -11,6 +9,8 @@ from fleetprune.mqtt import Connection, packet_size
 from fleetprune.retry import Backoff
 from fleetprune_coordinator import hub as hub_module
 from fleetprune_coordinator.hub import Hub
+from tests.brokers import broker, restartable  # noqa: F401
+from tests.coordinator.fleet_fakes import MODEL, FakeDevice, MemoryStore, task
 
 WAIT_S = 10.0
 
@@ -98,7 +98,7 @@ def test_coordinator_restarted_announces_what_is_open(broker, fleet, tmp_path): 
         return MODEL if name.startswith("blobs/") else None
 
     store = MemoryStore()
-    with FakeDevice(broker.settings, "d1", tmp_path / "d1", fleet=fleet) as device:
+    with FakeDevice(broker.settings, "d1", tmp_path / "d1", fleet=fleet):
         with running(broker.settings, store, tmp_path, fleet) as hub:
             until(lambda: hub.online("d1"))  # retained: the device said so before the hub was up
         store.tasks["t1"] = task()

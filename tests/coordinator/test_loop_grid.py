@@ -2,13 +2,13 @@ import hashlib
 
 import pytest
 from flwr.app import ArrayRecord
-from tests.coordinator.fleet_fakes import MODEL, MemoryStore, task
-from tests.coordinator.test_mqtt_grid import NODES, Streaming
 
 from fleetprune.errors import UsageError
 from fleetprune.messages import Task
 from fleetprune_coordinator.flower_messages import instruction, read_result
 from fleetprune_coordinator.loop_grid import LoopGrid
+from tests.coordinator.fleet_fakes import MODEL, MemoryStore, task
+from tests.coordinator.test_mqtt_grid import NODES, Streaming
 
 
 def honest(task_json, read):

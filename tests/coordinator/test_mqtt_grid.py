@@ -4,8 +4,6 @@ from contextlib import ExitStack
 import pytest
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
-from tests.brokers import broker, restartable  # noqa: F401
-from tests.coordinator.fleet_fakes import MODEL, FakeDevice, MemoryStore, task
 
 from fleetprune.errors import MessageError, UsageError
 from fleetprune_coordinator.flower_messages import (
@@ -16,6 +14,8 @@ from fleetprune_coordinator.flower_messages import (
 )
 from fleetprune_coordinator.hub import Hub
 from fleetprune_coordinator.mqtt_grid import MqttGrid
+from tests.brokers import broker, restartable  # noqa: F401
+from tests.coordinator.fleet_fakes import MODEL, FakeDevice, MemoryStore, task
 
 NODES = {"d1": 101, "d2": 102, "d3": 103}
 
@@ -46,9 +46,7 @@ class Site:
         self.stack.close()
 
     def device(self, name, **options):
-        made = FakeDevice(
-            self.settings, name, self.folder / name, fleet=self.fleet, **options
-        )
+        made = FakeDevice(self.settings, name, self.folder / name, fleet=self.fleet, **options)
         return self.stack.enter_context(made)
 
 
@@ -71,7 +69,7 @@ def test_instruction_and_reply_carry_the_bytes_untouched():
         "fleetprune.model.v1",
     )
     for content in (RecordDict(), RecordDict({"task": message.content["task"]})):
-        with pytest.raises(MessageError, match="^Flower message without "):
+        with pytest.raises(MessageError, match=r"^Flower message without "):
             read_instruction(Message(content, 101, "train"))
 
 
@@ -96,7 +94,7 @@ def test_replies_are_yielded_as_they_come(broker, fleet, tmp_path):  # noqa: F81
         assert early[102].metadata.reply_to_message_id == "t2"
         assert early[103].has_error()
         assert early[103].error.code == DEVICE_FAILED
-        with pytest.raises(MessageError, match="^node 103: no data$"):
+        with pytest.raises(MessageError, match=r"^node 103: no data$"):
             read_result(early[103])
         (late,) = replies
         assert read_result(late) == b"slow"
@@ -190,9 +188,7 @@ def test_flowers_own_strategy_loop_runs_over_mqtt(broker, fleet, tmp_path):  # n
             site.device(name)
         strategy = Streaming(store)
         strategy.start(site.grid, ArrayRecord(), num_rounds=2, timeout=20)
-        assert strategy.seen == [
-            [f"result of r{r}-{d}".encode() for d in NODES] for r in (1, 2)
-        ]
+        assert strategy.seen == [[f"result of r{r}-{d}".encode() for d in NODES] for r in (1, 2)]
 
 
 def test_a_round_goes_on_after_the_broker_was_killed(restartable, tmp_path):  # noqa: F811

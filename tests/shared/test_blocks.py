@@ -73,14 +73,16 @@ class TestEveryMessage:
 
 
 def test_golden_bytes_of_a_request():
-    body = bytes.fromhex("07000000" "04000000" "0300") + b"a/b" + bytes.fromhex(
-        "0200" "00000000" "0300" "05000000" "0100"
+    body = (
+        bytes.fromhex("07000000040000000300")
+        + b"a/b"
+        + bytes.fromhex("0200000000000300050000000100")
     )
     assert Request("a/b", 7, (0, 1, 2, 5), 4).encode() == seal(body, 1)
 
 
 def test_golden_bytes_of_a_block():
-    fields = bytes.fromhex("07000000" "01000000" "63000000" "04000000" "0600000000000000")
+    fields = bytes.fromhex("070000000100000063000000040000000600000000000000")
     assert Block(7, 1, 99, 4, 6, b"ef").encode() == seal(fields + b"ef", 2)
 
 

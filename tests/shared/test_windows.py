@@ -283,9 +283,9 @@ def test_refusal_and_confusion():
     machine = Upload("results/t", 1, b"x", block_size=BS)
     sha = machine.poll(0.0)[0].sha256
     assert machine.receive(Stored(2, StoreState.COMPLETE, sha), 0.1) is False
-    with pytest.raises(WireError, match="^results/t: confirmation of another content$"):
+    with pytest.raises(WireError, match=r"^results/t: confirmation of another content$"):
         machine.receive(Stored(1, StoreState.COMPLETE, bytes(32)), 0.1)
-    with pytest.raises(WireError, match="^results/t: bitmap of 3 blocks, sent 1$"):
+    with pytest.raises(WireError, match=r"^results/t: bitmap of 3 blocks, sent 1$"):
         machine.receive(Stored(1, StoreState.RECEIVING, sha, frozenset(), 3), 0.1)
-    with pytest.raises(RefusedError, match="^the coordinator refused results/t: closed$"):
+    with pytest.raises(RefusedError, match=r"^the coordinator refused results/t: closed$"):
         machine.receive(Stored(1, StoreState.REFUSED, sha, reason="closed"), 0.1)

@@ -4,11 +4,11 @@ import subprocess
 import sys
 
 import pytest
-from tests.brokers import KINDS
 
 from fleetprune.errors import TransportError
 from fleetprune.mqtt import Connection
 from fleetprune_sim.broker import EmbeddedBroker, _accepts, embedded_broker
+from tests.brokers import KINDS
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -25,7 +25,10 @@ def test_runs_on_loopback_and_is_gone_afterwards(tmp_path, kind):
         assert got.get(timeout=10) == ("t", payload)
         connection.stop()
         listening = subprocess.run(
-            ["ss", "-Hltn", f"sport = :{settings.port}"], capture_output=True, text=True, check=False
+            ["ss", "-Hltn", f"sport = :{settings.port}"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if listening.returncode == 0 and listening.stdout:
             assert all("127.0.0.1:" in line for line in listening.stdout.splitlines())

@@ -133,45 +133,44 @@ def _absorb(
     shift: torch.Tensor,
 ) -> bool:
     """Put x * scale + shift into the layer that computes x; False where it is no such layer."""
+    arguments: list[Any] = list(source.args)
     if source.target is _aten.convolution.default:
-        x, weight, bias, *rest = source.args
-        if weight not in constants or rest[3] or (bias is not None and bias not in constants):
-            return False
-        new_weight, new_bias = _scaled(constants, weight, bias, scale, shift)
-        with traced.graph.inserting_before(source):
-            parts = [_constant(traced, constants, t) for t in (new_weight, new_bias)]
-        source.args = (x, *parts, *rest)
-        return True
-    if source.target in (_aten.addmm.default, _aten.mm.default) and not source.kwargs:
-        *bias, x, turned = source.args
-        if turned.target is not _aten.t.default or turned.args[0] not in constants:
-            return False
-        if bias and bias[0] not in constants:
-            return False
-        new_weight, new_bias = _scaled(
-            constants, turned.args[0], bias[0] if bias else None, scale, shift
-        )
-        with traced.graph.inserting_before(source):
-            weight_node = _constant(traced, constants, new_weight)
-            bias_node = _constant(traced, constants, new_bias)
-            turn = traced.graph.call_function(_aten.t.default, (weight_node,))
-        turn.meta["val"] = turned.meta["val"]
-        source.target, source.args = _aten.addmm.default, (bias_node, x, turn)
-        return True
-    return False
+        x, weight, bias, *rest = arguments
+        transposed = rest[3]
+    elif source.target is _aten.addmm.default and not source.kwargs:
+        bias, x, turned = arguments
+        weight, transposed = _untransposed(turned), False
+    elif source.target is _aten.mm.default:
+        bias, x, turned = None, *arguments
+        weight, transposed = _untransposed(turned), False
+    else:
+        return False
+    if transposed or weight not in constants or (bias is not None and bias not in constants):
+        return False
+    tensors = _scaled(constants[weight], constants.get(bias), scale, shift)
+    with traced.graph.inserting_before(source):
+        new_weight, new_bias = (_constant(traced, constants, t) for t in tensors)
+        if source.target is _aten.convolution.default:
+            source.args = (x, new_weight, new_bias, *rest)
+        else:
+            turn = traced.graph.call_function(_aten.t.default, (new_weight,))
+            turn.meta["val"] = turned.meta["val"]
+            source.target, source.args = _aten.addmm.default, (new_bias, x, turn)
+    return True
+
+
+def _untransposed(node: fx.Node) -> Any:
+    """The weight of a linear layer, which multiplies by its transpose."""
+    return node.args[0] if node.target is _aten.t.default else None
 
 
 def _scaled(
-    constants: dict[fx.Node, torch.Tensor],
-    weight: fx.Node,
-    bias: fx.Node | None,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
+    weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor, shift: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    tensor = constants[weight].double()
-    column = scale.reshape(-1, *[1] * (tensor.dim() - 1))
-    offset = shift if bias is None else shift + constants[bias].double() * scale
-    return (tensor * column).float(), offset.float()
+    """Weight and bias of the layer whose output is scaled and shifted."""
+    column = scale.reshape(-1, *[1] * (weight.dim() - 1))
+    offset = shift if bias is None else shift + bias.double() * scale
+    return (weight.double() * column).float(), offset.float()
 
 
 def _constant(

@@ -5,8 +5,9 @@ All its sums are additive: added up over devices they are those of the pooled da
 `bn_sum / bn_count` and `bn_sumsq / bn_count`, without any sample leaving its device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from math import prod
 from typing import Any
 
@@ -69,7 +70,7 @@ class Observation:
         sums = []
         for name, layer in zip(self.observed, self._layers, strict=True):
             inputs = self._inputs(name.rpartition(".")[0], len(sw))
-            sums.append(sum(_input_squares(layer, i, sw) for i in inputs))
+            sums.append(_total(_input_squares(layer, i, sw) for i in inputs))
         outputs = [logits, torch.cat(sums) if sums else sw[:0]]
         if self._norms:
             moments = [self._moments(path, sw) for path in self._norms]
@@ -91,10 +92,14 @@ class Observation:
     def _moments(self, path: str, sw: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Per channel sum and sum of squares of the input, and the weight of all positions."""
         inputs = self._inputs(path, len(sw))
-        total = sum(sw @ _per_sample(i) for i in inputs)
-        squares = sum(sw @ _per_sample(i * i) for i in inputs)
+        total = _total(sw @ _per_sample(i) for i in inputs)
+        squares = _total(sw @ _per_sample(i * i) for i in inputs)
         count = sw.sum() * float(sum(prod(i.shape[2:]) for i in inputs))
-        return total, squares, count  # type: ignore[return-value]
+        return total, squares, count
+
+
+def _total(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return reduce(torch.add, tensors)
 
 
 def observed_layer(model: nn.Module, name: str) -> nn.Module:

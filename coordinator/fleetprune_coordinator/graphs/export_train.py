@@ -1,7 +1,6 @@
 """The training graph: forward, loss, backward, optimiser step, BatchNorm statistics."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -9,93 +8,15 @@ from torch import nn
 from fleetprune.errors import GraphError
 from fleetprune.graphmeta import METADATA_KEY, GraphMeta, Verification
 from fleetprune_coordinator.graphs import verification as check
-from fleetprune_coordinator.graphs.losses import LOSSES, Loss, distillation, weighted_mean
+from fleetprune_coordinator.graphs.losses import LOSSES, Loss
 from fleetprune_coordinator.graphs.lowering import Lowering, NotLoweredError, dtype_name
-from fleetprune_coordinator.graphs.trace import explain, is_batch_norm, prepare, statistics, trace
+from fleetprune_coordinator.graphs.trace import explain, prepare, trace
+from fleetprune_coordinator.graphs.training_step import TrainingStep, training_step
 from fleetprune_coordinator.graphs.types import GateMember, Graph, Student, finished
 from fleetprune_coordinator.graphs.values import Value
 from fleetprune_coordinator.graphs.writer import NCHWC, GraphWriter
 
 Gates = Sequence[Sequence[GateMember]]
-
-FEW = 8
-"""Runs of consecutive indices up to which an index list is written as slices."""
-
-
-@dataclass
-class TrainingStep:
-    """Loss and gradients as a torch function of tensors alone: traced in float32 for the graph,
-    run in float64 for its reference.
-    """
-
-    model: nn.Module
-    loss: Loss
-    student: Student | None = None
-    params: dict[str, torch.Tensor] = field(init=False)
-    stats: dict[str, torch.Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.params = {n: p.detach() for n, p in self.model.named_parameters()}
-        self.stats = statistics(self.model)
-
-    def __call__(
-        self, x: torch.Tensor, y: torch.Tensor, sw: torch.Tensor, *state: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Loss, then the gradient of each parameter.
-
-        Args:
-            x: (batch, *shape).
-            y: (batch, ...) as the loss takes it.
-            sw: (batch,) sample weights.
-            *state: Parameters, then BatchNorm statistics (updated in place).
-        """
-        count = len(self.params)
-        values = [p.detach().requires_grad_() for p in state[:count]]
-        tensors = dict(zip(self.params, values, strict=True))
-        buffers = dict(zip(self.stats, state[count:], strict=True))
-        with torch.enable_grad():
-            output = torch.func.functional_call(self.model, tensors | buffers, (x,))
-            loss = weighted_mean(self.loss(output, y), sw)
-            if self.student is not None:
-                small = {n: take(tensors[n], i) for n, i in self.student.index.items()}
-                guess = torch.func.functional_call(self.student.model, small, (x,))
-                extra = weighted_mean(distillation(output, guess), sw)
-                loss = loss + self.student.weight * extra
-            gradients = torch.autograd.grad(loss, values, allow_unused=True)
-        return (
-            loss,
-            *(
-                torch.zeros_like(p) if g is None else g
-                for g, p in zip(gradients, values, strict=True)
-            ),
-        )
-
-
-def take(tensor: torch.Tensor, index: Sequence[slice | list[int]]) -> torch.Tensor:
-    """tensor[index[0]][:, index[1]]... for one slice or list of indices per axis."""
-    for axis, part in enumerate(index):
-        length = tensor.shape[axis]
-        at = list(range(length))[part] if isinstance(part, slice) else list(part)
-        runs = _runs(at)
-        if runs == [(0, length)]:
-            continue
-        if len(runs) <= FEW:
-            pieces = [tensor.narrow(axis, start, count) for start, count in runs]
-            tensor = torch.cat(pieces, axis) if len(pieces) > 1 else pieces[0]
-        else:
-            tensor = tensor.index_select(axis, torch.tensor(at))
-    return tensor
-
-
-def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
-    """(start, count) of each run of consecutive indices."""
-    runs: list[tuple[int, int]] = []
-    for i in indices:
-        if runs and i == sum(runs[-1]):
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((i, 1))
-    return runs
 
 
 def export_train_step(
@@ -110,6 +31,7 @@ def export_train_step(
     block: int = 0,
     gates: Gates = (),
     student: Student | None = None,
+    prior: bool = False,
     gradient: bool = False,
 ) -> Graph:
     """One step of SGD as a graph.
@@ -141,6 +63,10 @@ def export_train_step(
             graph that any machine can run.
         gates: Per group its gate members.
         student: Trained along with the model, by distillation; classification only.
+        prior: Take an input prior (classes,) that is added to the output in the task's loss, and
+            there only: with the log frequencies of the device's labels, a class that the device
+            seldom sees is not unlearned (logit adjustment, Menon et al. 2021; per device, FedLC,
+            Zhang et al. 2022).
         gradient: Also return the gradient.
 
     Raises:
@@ -151,13 +77,23 @@ def export_train_step(
     if function is None:
         raise GraphError(f"loss {loss!r}, expected one of {sorted(LOSSES)} or a function")
     _check_block(block)
-    step = _training_step(model, function, student, torch.float32)
+    step = training_step(model, function, student, torch.float32, prior)
     units = _check_gates(gates, step.params)
     x = example[:1].expand(batch, *example.shape[1:]).contiguous()
     y = _targets(step.model, x, loss, target)
     writer = GraphWriter()
     try:
-        _write(writer, step, x, y, momentum, weight_decay, block, gates, gradient)
+        _write(
+            writer,
+            step,
+            x,
+            y,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            block=block,
+            gates=gates,
+            gradient=gradient,
+        )
     except NotLoweredError as e:
         raise explain(e, model, x) from e
     meta = GraphMeta(
@@ -167,6 +103,7 @@ def export_train_step(
         parameters=_count(step.params),
         statistics=_count(step.stats),
         units=units,
+        classes=_classes(step, x) if prior else 0,
         momentum=momentum,
         verification=Verification(
             x=check.reference_input(example, tuple(x.shape)),
@@ -177,7 +114,7 @@ def export_train_step(
         ),
     )
     if not writer.uses("RandomUniform"):
-        exact = _training_step(model, function, student, torch.float64)
+        exact = training_step(model, function, student, torch.float64, prior)
         meta = _expect(exact, meta, weight_decay, gates)
     onnx = writer.serialize({METADATA_KEY: meta.to_json()})
     check.check_here(onnx, meta)
@@ -191,37 +128,6 @@ def _check_block(block: int) -> None:
 
 def _count(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(t.numel() for t in tensors.values())
-
-
-def _training_step(
-    model: nn.Module, loss: Loss, student: Student | None, dtype: torch.dtype
-) -> TrainingStep:
-    twin = prepare(model).to(dtype).train()
-    if student is None:
-        return TrainingStep(twin, loss)
-    narrow = prepare(student.model).to(dtype).train()
-    for module in narrow.modules():
-        if is_batch_norm(module):  # normalises by the batch and remembers nothing
-            module.track_running_stats = False
-            module.running_mean = module.running_var = None
-    step = TrainingStep(twin, loss, Student(narrow, student.index, student.weight))
-    _check_student(step)
-    return step
-
-
-def _check_student(step: TrainingStep) -> None:
-    if step.student is None:
-        return
-    own = {n: tuple(p.shape) for n, p in step.student.model.named_parameters()}
-    if set(own) != set(step.student.index):
-        odd = sorted(set(own) ^ set(step.student.index))
-        raise GraphError(f"student and its index differ in parameters {odd}")
-    for name, shape in own.items():
-        if name not in step.params:
-            raise GraphError(f"student parameter {name} is none of the model's")
-        got = tuple(take(step.params[name], step.student.index[name]).shape)
-        if got != shape:
-            raise GraphError(f"student parameter {name}: index gives {got}, expected {shape}")
 
 
 def _check_gates(gates: Gates, params: Mapping[str, torch.Tensor]) -> int:
@@ -258,11 +164,17 @@ def _targets(
     return torch.full((len(x),), output.shape[-1] - 1, dtype=torch.int64)
 
 
+def _classes(step: TrainingStep, x: torch.Tensor) -> int:
+    with torch.no_grad():
+        return int(prepare(step.model)(x).shape[-1])
+
+
 def _write(
     writer: GraphWriter,
     step: TrainingStep,
     x: torch.Tensor,
     y: torch.Tensor,
+    *,
     momentum: float,
     weight_decay: float,
     block: int,
@@ -271,7 +183,9 @@ def _write(
 ) -> None:
     """Write the whole graph."""
     size, statistic_size = _count(step.params), _count(step.stats)
-    traced = trace(step, x, y, torch.ones(len(x)), *step.params.values(), *step.stats.values())
+    priors = [torch.zeros(_classes(step, x))] if step.adjusted else []
+    state = [*step.params.values(), *step.stats.values(), *priors]
+    traced = trace(step, x, y, torch.ones(len(x)), *state)
     inputs = [
         Value(
             tuple(t.shape),
@@ -287,10 +201,14 @@ def _write(
     stats = []
     if step.stats:
         stats = split_state(writer, writer.input("stats", (statistic_size,), "float32"), step.stats)
+    shift = [
+        Value(tuple(p.shape), "float32", plain=writer.input("prior", p.shape, "float32"))
+        for p in priors
+    ]
     low = Lowering(writer, block, live=writer.op("Sign", inputs[2].plain or ""))
     low.batch = len(x)
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    low.values.update(zip(placeholders, [*inputs, *weights, *stats], strict=True))
+    low.values.update(zip(placeholders, [*inputs, *weights, *stats, *shift], strict=True))
     loss, *gradients = low.run(traced)
 
     names = [low.plain(g) for g in gradients]
@@ -365,7 +283,8 @@ def _expect(step: TrainingStep, meta: GraphMeta, weight_decay: float, gates: Gat
     params = check.split_like(feeds["params"], step.params)
     stats = check.split_like(feeds["stats"], step.stats) if step.stats else []
     batch = [feeds[name][:live] for name in ("x", "y", "sw")]
-    loss, *gradients = step(*batch, *params, *stats)
+    priors = [feeds["prior"]] if step.adjusted else []
+    loss, *gradients = step(*batch, *params, *stats, *priors)
     moved = [
         g + weight_decay * p if p.dim() > 1 else g for g, p in zip(gradients, params, strict=True)
     ]

@@ -75,6 +75,7 @@ def conv_geometry(
     x: Sequence[int],
     w: Sequence[int],
     y: Sequence[int],
+    *,
     stride: Sequence[int],
     pad: Sequence[int],
     dilation: Sequence[int],

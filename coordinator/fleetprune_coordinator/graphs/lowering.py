@@ -13,7 +13,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ A prime that no layer has as a size: an axis whose length it divides runs over t
 
 Lowered = Value | Sequence[Value | None]
 Rule = Callable[..., Lowered]
+RuleT = TypeVar("RuleT", bound=Rule)
 RULES: dict[str, Rule] = {}
 
 
@@ -43,10 +44,10 @@ class NotLoweredError(Exception):
         """How many calls of the same operator stand before this one in the graph."""
 
 
-def lowers(*targets: str) -> Callable[[Rule], Rule]:
+def lowers(*targets: str) -> Callable[[RuleT], RuleT]:
     """Register a rule for ATen operators such as "aten.relu" (all overloads, and in place)."""
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: RuleT) -> RuleT:
         for target in targets:
             if target in RULES:
                 raise ValueError(f"two lowering rules for {target}")
@@ -86,7 +87,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def target_name(node: fx.Node) -> str:
-    """ "aten.relu" of a node that calls aten.relu_.default."""
+    """The key of `RULES` for a node: "aten.relu" where it calls aten.relu_.default."""
     name: str = node.target._schema.name.replace("::", ".")  # type: ignore[union-attr]
     return name.removesuffix("_")
 
@@ -248,9 +249,8 @@ class Lowering:
         before = self._calls[call.target]
         self._calls[call.target] += 1
         try:
-            if call.target not in RULES:
-                raise NotLoweredError(call.target)
-            return RULES[call.target](self, call, *self._arguments(node))
+            rule: Rule = RULES.get(call.target, _no_rule)
+            return rule(self, call, *self._arguments(node))
         except NotLoweredError as e:
             e.occurrence = before
             raise
@@ -266,6 +266,10 @@ class Lowering:
             else:
                 values.append(argument.default_value)
         return [_replace(v, self.values) for v in values]
+
+
+def _no_rule(_low: Lowering, call: Call, *_: Any) -> Lowered:
+    raise NotLoweredError(call.target)
 
 
 def _replace(argument: Any, values: dict[fx.Node, Any]) -> Any:

@@ -3,6 +3,7 @@
 Notation: x (N, C, H, W) input, w (O, C/groups, kh, kw) weight, y (N, O, Ho, Wo) output, g the
 gradient of y. `ops_conv_blocked` does the same faster where the graph may use blocked tensors.
 """
+# ruff: noqa: PLR0917  (a rule takes the operator's arguments in the order of its schema)
 
 from collections.abc import Sequence
 
@@ -38,7 +39,9 @@ def convolution(
     if transposed:
         raise call.unsupported("has no lowering for transposed convolutions")
     if low.block and len(x.shape) in (3, 4):
-        geometry = conv_geometry(x.shape, w.shape, call.shape, stride, pad, dilation, groups)
+        geometry = conv_geometry(
+            x.shape, w.shape, call.shape, stride=stride, pad=pad, dilation=dilation, groups=groups
+        )
         if fast.suits(geometry):
             return fast.forward(low, call, geometry, x, w, bias)
     inputs = [low.plain(v) for v in (x, w, bias) if v is not None]
@@ -73,7 +76,9 @@ def convolution_backward(
     """Gradients of input, weight and bias, each where it is wanted."""
     if transposed or len(x.shape) not in (3, 4):
         raise call.unsupported("is supported for Conv1d and Conv2d only")
-    geometry = conv_geometry(x.shape, w.shape, g.shape, stride, pad, dilation, groups)
+    geometry = conv_geometry(
+        x.shape, w.shape, g.shape, stride=stride, pad=pad, dilation=dilation, groups=groups
+    )
     blocked = bool(low.block) and fast.suits(geometry) and geometry.dilation == (1, 1)
     gx = gw = gb = None
     if wanted[0]:
@@ -99,7 +104,7 @@ def bias_gradient(low: Lowering, g: Value) -> Value:
 
 
 def tap(low: Lowering, geometry: Geometry, padded: str, row: int, column: int) -> str:
-    """What kernel element (row, column) is multiplied with: (.., .., Ho, Wo) of the padded input."""
+    """What kernel element (row, column) meets: (.., .., Ho, Wo) of the padded input."""
     if geometry.kernel == (1, 1) and geometry.stride == (1, 1):
         return padded
     starts = [row * geometry.dilation[0], column * geometry.dilation[1]]

@@ -10,6 +10,7 @@ that they expect:
 
 Both gradients are convolutions too, see `input_gradient` and `weight_gradient`.
 """
+# ruff: noqa: PLR0917  (a rule takes the operator's arguments in the order of its schema)
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """Matrix products, embeddings and lookups, and random masks."""
+# ruff: noqa: PLR0917  (a rule takes the operator's arguments in the order of its schema)
 
 from typing import Any
 

@@ -10,6 +10,7 @@ must not count. With n = (live samples) * (positions):
 
 The loss does not depend on padding samples, so g is zero there and plain sums over g are right.
 """
+# ruff: noqa: PLR0917  (a rule takes the operator's arguments in the order of its schema)
 
 from collections.abc import Sequence
 

@@ -5,6 +5,7 @@ addition are fused; means are global average pools; the sum of a product over al
 depthwise convolution whose filter is one of the factors, which in blocked layout already lies in
 memory as a filter.
 """
+# ruff: noqa: PLR0917  (a rule takes the operator's arguments in the order of its schema)
 
 import operator
 from collections.abc import Sequence

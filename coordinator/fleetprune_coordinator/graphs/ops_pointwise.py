@@ -1,4 +1,5 @@
 """Operators that treat every element alike: arithmetic, comparisons, activations."""
+# ruff: noqa: PLR0917  (a rule takes the operator's arguments in the order of its schema)
 
 from collections.abc import Callable
 

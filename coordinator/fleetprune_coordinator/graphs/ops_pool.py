@@ -1,4 +1,5 @@
 """Pooling and its gradients."""
+# ruff: noqa: PLR0917  (a rule takes the operator's arguments in the order of its schema)
 
 from collections.abc import Sequence
 from math import prod

@@ -1,4 +1,5 @@
 """Operators that move elements without computing: views, slices, concatenation, constants."""
+# ruff: noqa: PLR0917  (a rule takes the operator's arguments in the order of its schema)
 
 from collections.abc import Sequence
 from math import prod
@@ -175,10 +176,13 @@ def cat(low: Lowering, call: Call, parts: Sequence[Value], axis: int) -> Value:
     axis %= len(call.shape)
     parts = [p for p in parts if p.shape != (0,)]
     whole = low.block and axis == 1 and len(call.shape) == 4
-    if whole and any(p.only_blocked for p in parts):
-        if all(p.shape[1] % low.block == 0 for p in parts):
-            name = low.op("Concat", *(low.blocked(p) for p in parts), axis=1)
-            return Value(call.shape, call.dtype, blocked=name)
+    if (
+        whole
+        and any(p.only_blocked for p in parts)
+        and all(p.shape[1] % low.block == 0 for p in parts)
+    ):
+        name = low.op("Concat", *(low.blocked(p) for p in parts), axis=1)
+        return Value(call.shape, call.dtype, blocked=name)
     return low.result(call, low.op("Concat", *(low.plain(p) for p in parts), axis=axis))
 
 
@@ -248,7 +252,7 @@ def full(low: Lowering, call: Call, _shape: Any, value: float | Value, *_: Any) 
     if isinstance(value, Value):
         if value.constant is None:
             raise call.unsupported("is supported only with a constant")
-        value = value.constant.item()
+        return _filled(low, call, value.constant.item())
     return _filled(low, call, value)
 
 

@@ -94,12 +94,16 @@ def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def _decompositions() -> Any:
+    return get_decompositions(TAKEN_APART)
+
+
 def trace(function: Callable[..., Any], *inputs: torch.Tensor) -> fx.GraphModule:
     """The ATen operators that `function` calls on tensors like `inputs`."""
     with torch_alike():
         graph = make_fx(
             function,
-            decomposition_table=get_decompositions(TAKEN_APART),
+            decomposition_table=_decompositions(),
             tracing_mode="fake",
             _allow_non_fake_inputs=True,
         )(*inputs)
@@ -125,11 +129,11 @@ def torch_alike() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-class _Callers(TorchDispatchMode):
+class _Callers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes which modules call each ATen operator, in order."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.stack: list[tuple[str, nn.Module]] = []
         self.calls: dict[str, list[tuple[str, nn.Module]]] = {}
 

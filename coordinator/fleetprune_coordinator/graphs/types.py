@@ -33,7 +33,10 @@ class Student:
     index: Mapping[str, tuple[slice | list[int], ...]]
     """Per parameter name, per axis: which part of the trained model's tensor it is."""
     weight: float = 1.0
-    """Weight of the distillation loss beside the task's loss."""
+    """Weight of KL(model || student) beside the task's loss: the student learns from the model."""
+    mutual: float = 0.0
+    """Weight of KL(student || model): the model learns from the student, whose tensors more
+    devices have trained (deep mutual learning, Zhang et al. 2018)."""
 
 
 @dataclass(frozen=True)

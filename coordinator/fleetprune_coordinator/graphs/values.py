@@ -90,7 +90,7 @@ class Layouts:
         w, name = self.writer, value.blocked
         if name is None:
             raise ValueError("value without any name")
-        n, c, h, width = four_axes(value.shape)
+        _, c, h, width = four_axes(value.shape)
         if h * width == 1 and self.padded(c) == c:
             return w.op("Reshape", name, w.ints(*value.shape))  # the layouts coincide
         if value.dtype != "float32":

@@ -75,7 +75,7 @@ def doubles(meta: GraphMeta) -> dict[str, torch.Tensor]:
 
 def split_like(flat: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """A flat vector cut into tensors of the given shapes (copies)."""
-    parts = flat.split([t.numel() for t in tensors.values()]) if tensors else ()
+    parts = torch.split(flat, [t.numel() for t in tensors.values()]) if tensors else ()
     return [p.reshape(t.shape).clone() for p, t in zip(parts, tensors.values(), strict=True)]
 
 

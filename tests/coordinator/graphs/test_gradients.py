@@ -122,6 +122,10 @@ def normed(activation, channels=24):
     )
 
 
+def halves(x):
+    return x[:, 2:10] * x[:, 6:14, :, 3:4]
+
+
 IMAGE = (4, 8, 7, 7)
 CASES = {
     "linear": (nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 5)), (8, 12)),
@@ -169,7 +173,8 @@ CASES = {
     "global max": (nn.Sequential(nn.Conv2d(8, 16, 3), Function(lambda x: x.amax((2, 3)))), IMAGE),
     "residual": (nn.Sequential(nn.Conv2d(8, 16, 3), Residual(16), Residual(16)), (4, 8, 9, 9)),
     "concat 8": (nn.Sequential(nn.Conv2d(3, 8, 3), Concat(8), nn.Conv2d(32, 8, 1)), (4, 3, 9, 9)),
-    "concat 16": (nn.Sequential(nn.Conv2d(3, 16, 3), Concat(16), nn.Conv2d(48, 8, 1)), (4, 3, 9, 9)),
+    "concat 16": (
+        nn.Sequential(nn.Conv2d(3, 16, 3), Concat(16), nn.Conv2d(48, 8, 1)), (4, 3, 9, 9)),
     "squeeze-excite": (
         nn.Sequential(nn.Conv2d(3, 16, 3), SqueezeExcite(16), nn.Conv2d(16, 8, 1)), (4, 3, 9, 9)),
     "squeeze-excite linear": (
@@ -184,18 +189,12 @@ CASES = {
     "prelu": (between(nn.PReLU(16)), IMAGE),
     "zero pad": (nn.Sequential(nn.ZeroPad2d((1, 2, 0, 1)), nn.Conv2d(8, 16, 3)), IMAGE),
     "division": (between(Function(lambda x: x / (1.5 + x.abs()))), IMAGE),
-    "slices": (between(Function(lambda x: x[:, 2:10] * x[:, 6:14, :, 3:4])), IMAGE),
+    "slices": (nn.Sequential(nn.Conv2d(8, 16, 3), Function(halves)), IMAGE),
 } | {
     a: (between(getattr(nn, a)()), IMAGE)
     for a in ("ReLU", "ReLU6", "Hardswish", "GELU", "Sigmoid", "Tanh", "SiLU", "Hardsigmoid",
               "LeakyReLU", "ELU", "Softplus", "Mish")
 }  # fmt: skip
-CASES["slices"] = (
-    nn.Sequential(
-        nn.Conv2d(8, 16, 3, padding=1), Function(lambda x: x[:, 2:10] * x[:, 6:14, :, 3:4])
-    ),
-    IMAGE,
-)
 
 
 def gradient_error(layer, shape, block, loss=mse, x=None, y=None):

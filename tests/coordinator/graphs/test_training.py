@@ -137,7 +137,9 @@ def test_taylor_equals_the_gradient_of_a_gate_of_ones(block):
 
     exact = copy.deepcopy(model).double().train()
     ones = torch.ones(3, 64, dtype=torch.float64).unbind()
-    pooled, channels, classes = (o[:n].clone().requires_grad_() for o, n in zip(ones, (32, 16, 3)))
+    pooled, channels, classes = (
+        o[:n].clone().requires_grad_() for o, n in zip(ones, (32, 16, 3), strict=True)
+    )
     exact.fc.register_forward_pre_hook(lambda _, a: (a[0] * pooled.repeat_interleave(2),))
     exact.get_submodule(norm).register_forward_hook(lambda *a: a[2] * channels[:, None, None])
     weight = exact.fc.weight * torch.cat([ones[0][:1], classes, ones[0][:1]])[:, None]
