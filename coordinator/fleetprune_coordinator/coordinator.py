@@ -1,8 +1,9 @@
 """One fleet's coordinator, whatever carries its messages: train, extract, check, release."""
 
+import hashlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -149,10 +150,24 @@ class Coordinator:
         return accuracy(artifact.onnx, self.test.x, self.test.y)
 
     def release(self) -> dict[str, Released]:
-        """Extract, check, sign and publish a model for every class, all in one step."""
-        number = self.repository.latest_release() + 1
-        state, config = self.rounds.model, self.config
-        artifacts = {name: self.artifact(name) for name in config.classes}
+        """Extract, check, sign and publish a model for every class, all in one step.
+
+        Where every class's file is byte for byte the one that is out already (a coordinator that
+        was restarted after its release), nothing is published and that release stands.
+        """
+        artifacts = {name: self.artifact(name) for name in self.config.classes}
+        standing = {name: self.repository.manifest(name) for name in artifacts}
+        manifests = {
+            name: manifest
+            for name, manifest in standing.items()
+            if manifest is not None and manifest.sha256 == _digest(artifacts[name])
+        }
+        if manifests.keys() != artifacts.keys():
+            manifests = self._publish(artifacts)
+        return {name: Released(m, artifacts[name]) for name, m in manifests.items()}
+
+    def _publish(self, artifacts: Mapping[str, Artifact]) -> dict[str, Manifest]:
+        config = self.config
         contents = {
             name: ReleaseContent(
                 onnx=artifact.onnx,
@@ -164,10 +179,11 @@ class Coordinator:
                 peak_activation_bytes=artifact.costs.peak_activation_bytes,
                 accuracy=self.accuracy(artifact),
                 round=config.training.rounds,
-                mask_version=state.mask_version,
+                mask_version=self.rounds.model.mask_version,
             )
             for name, artifact in artifacts.items()
         }
+        number = self.repository.latest_release() + 1
         manifests = self.repository.publish_release(number, contents)
         self.registry.add_release(*(_record(m) for m in manifests.values()))
         self.events.emit(
@@ -178,7 +194,7 @@ class Coordinator:
                 for n, m in manifests.items()
             },
         )
-        return {name: Released(m, artifacts[name]) for name, m in manifests.items()}
+        return manifests
 
     def _golden(self) -> NDArray[np.float32]:
         if self.test is not None:
@@ -187,6 +203,10 @@ class Coordinator:
         shape = (GOLDEN_SAMPLES, *self.config.model.input_shape)
         unit = math.sqrt(3) * noise(math.prod(shape), seed=1)  # variance 1, as after scaling
         return unit.astype(np.float32).reshape(shape)
+
+
+def _digest(artifact: Artifact) -> str:
+    return hashlib.sha256(artifact.onnx).hexdigest()
 
 
 def load_model(config: FleetConfig) -> nn.Module:

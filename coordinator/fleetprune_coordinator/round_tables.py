@@ -321,7 +321,7 @@ def _title(record: RoundRecord) -> str:
 
 
 def _is_open(row: Mapping[str, Any]) -> bool:
-    return row["state"] == TaskState.OPEN and row["round_state"] == RoundState.OPEN
+    return bool(row["state"] == TaskState.OPEN and row["round_state"] == RoundState.OPEN)
 
 
 def _round(row: Mapping[str, Any]) -> RoundRecord:

@@ -103,7 +103,7 @@ class Server:
         self._coordinator.rounds.prepare()
         self._last = time.monotonic()
         self._events.emit("prepared", seconds=round(self._last - start, 3))
-        strategy = NestedStrategy(self._coordinator.rounds, self._closed)
+        strategy = NestedStrategy(self._coordinator.rounds, self._closed, self._wait_for_anybody)
         app = server_app(strategy, self._coordinator.rounds, config.training.round_timeout_s)
         grid = MqttGrid(
             self.hub,
@@ -112,6 +112,10 @@ class Server:
         )
         run_app(app, grid)
         grid.close()
+
+    def _wait_for_anybody(self) -> None:
+        """Return when a device is online: a round that nobody answers teaches nothing."""
+        self._wait_for_devices(1)
 
     def _wait_for_devices(self, least: int) -> None:
         told = -1

@@ -29,14 +29,19 @@ class NestedStrategy(Strategy):
     """Per-class submodels out, coverage-weighted updates in, masks by importance."""
 
     def __init__(
-        self, rounds: Rounds, on_round: Callable[[dict[str, Any]], None] = lambda metrics: None
+        self,
+        rounds: Rounds,
+        on_round: Callable[[dict[str, Any]], None] = lambda metrics: None,
+        ready: Callable[[], None] = lambda: None,
     ) -> None:
         """Wrap rounds that have been started.
 
         Args:
             rounds: What to run.
             on_round: Told of every closed round's metrics.
+            ready: Called before a round is planned; returns when there are devices to ask.
         """
+        self._ready = ready
         self._rounds = rounds
         self._on_round = on_round
 
@@ -48,6 +53,7 @@ class NestedStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One message per task of the next round; none when nothing is left to do."""
+        self._ready()
         return [instruction(a.task, a.model, a.node_id) for a in self._rounds.begin()]
 
     def aggregate_train(

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
-from fleetprune.costs import Costs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetprune.budgets import Allocation, Budget, BudgetSolver, Grid
+from fleetprune.costs import Costs
 from fleetprune.errors import BudgetError
 
 GROUPS = {"a": 32, "b": 64}

@@ -87,3 +87,16 @@ def test_every_released_file_is_within_its_budget(tmp_path):
         small = released["small"].artifact.costs.macs
         assert small <= 0.5 * coordinator.planner.dense.macs
         assert coordinator.registry.releases()[0].number == 1
+
+
+def test_a_release_that_is_out_already_is_not_published_again(tmp_path):
+    devices = tiny_devices()
+    with open_coordinator(tiny_config(tmp_path), devices) as coordinator:
+        train(coordinator, devices)
+        first = coordinator.release()
+    with open_coordinator(tiny_config(tmp_path), devices) as coordinator:
+        again = coordinator.release()
+        assert {n: r.manifest for n, r in again.items()} == {
+            n: r.manifest for n, r in first.items()
+        }
+        assert coordinator.repository.latest_release() == 1
