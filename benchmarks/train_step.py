@@ -7,7 +7,8 @@ the median time of a step, measured in turn within one run; the peak memory of a
 that only trains; and the size of the graph. "torch best" is torch with channels_last tensors.
 
 Where both errors are near 1e-3, the cause is not the graph: an activation that rounds across a
-ReLU's kink moves the gradient, in torch's float32 as much as here.
+ReLU's kink moves the gradient, in torch's float32 as much as here. With Softplus in ReLU's place
+both are near 5e-7.
 """
 
 # ruff: noqa: PLC0415  (a child that trains without torch must not import it)

@@ -9,9 +9,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +25,7 @@ from fleetprune_sim.demo_config import (
     CLASSES,
     DEVICES,
     TASKS,
+    DemoClass,
     DemoFolder,
     claim,
     write_agents,
@@ -60,6 +61,9 @@ class DemoOptions:
     task: str
     rounds: int
     seed: int
+    classes: tuple[DemoClass, ...] = CLASSES
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of the table `training` that differ from the task's."""
 
 
 Watcher = Callable[[FleetState, Event], None]
@@ -122,7 +126,8 @@ def run_demo(
     """
     task = TASKS[options.task]
     state = FleetState(
-        {d: DeviceState(g.name, g.trains) for g in CLASSES for d in g.devices}, options.rounds
+        {d: DeviceState(g.name, g.trains) for g in options.classes for d in g.devices},
+        options.rounds,
     )
     watch(state, {"event": "loading"})
     data = task.load(options.seed, folder.cache)
@@ -131,12 +136,13 @@ def run_demo(
         embedded_broker(folder.root / "broker") as broker,
         Children(folder.logs, interrupted) as children,
     ):
-        training = {"rounds": options.rounds, "seed": options.seed}
-        write_fleet(folder, task, data, training, broker.port)
+        training = {**options.training, "rounds": options.rounds, "seed": options.seed}
+        classes, port = options.classes, broker.port
+        write_fleet(folder, task, data, classes=classes, training=training, port=port)
         fleet = ("--config", str(folder.fleet_toml))
         children.start("init", (*_COMMAND, "coordinator", "init", *fleet), folder.root)
         children.wait("init", INIT_S)
-        write_agents(folder, task, broker.port)
+        write_agents(folder, task, classes=classes, port=port)
         serve = (*_COMMAND, "coordinator", "serve", *fleet, "--until-released")
         children.start(COORDINATOR, (*serve, "--events", str(folder.events)), folder.root)
         for device in DEVICES:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,13 @@ def claim(folder: Path) -> None:
 
 
 def write_fleet(
-    folder: DemoFolder, task: DemoTask, data: FleetData, training: Mapping[str, Any], port: int
+    folder: DemoFolder,
+    task: DemoTask,
+    data: FleetData,
+    *,
+    classes: Sequence[DemoClass],
+    training: Mapping[str, Any],
+    port: int,
 ) -> None:
     """Write the coordinator's configuration and test set, and every device's data.
 
@@ -185,6 +191,7 @@ def write_fleet(
         folder: Where to.
         task: What the fleet learns.
         data: Its samples.
+        classes: The device classes.
         training: Keys of the table `training` that differ from the demo's own.
         port: Of the broker on 127.0.0.1.
     """
@@ -202,7 +209,7 @@ def write_fleet(
         "training": {**task.training, **training},
         "classes": {
             group.name: {"macs_share": group.macs_share, "trains": group.trains}
-            for group in CLASSES
+            for group in classes
         },
     }
     folder.fleet_toml.write_text(to_toml(fleet), encoding="utf-8")
@@ -215,10 +222,12 @@ def write_fleet(
         )
 
 
-def write_agents(folder: DemoFolder, task: DemoTask, port: int) -> None:
+def write_agents(
+    folder: DemoFolder, task: DemoTask, *, classes: Sequence[DemoClass], port: int
+) -> None:
     """Provision every device: the fleet's root of trust and its own configuration."""
     root = folder.provisioned_root().read_bytes()
-    for group in CLASSES:
+    for group in classes:
         for device in group.devices:
             home = folder.device(device)
             (home / "root.json").write_bytes(root)

@@ -11,7 +11,7 @@ from fleetprune.errors import GraphError
 from fleetprune.model_payload import ModelPayload
 from fleetprune_agent.data import Batches
 from fleetprune_agent.runtime import training_session
-from fleetprune_agent.trainer import StoppedError, train
+from fleetprune_agent.trainer import StoppedError, log_frequencies, train
 from fleetprune_coordinator.graphs import export_train_step
 
 START = ModelPayload(1, 0, np.array([1, 2], np.float32), np.array([4, 8], np.float32))
@@ -39,6 +39,18 @@ def test_two_steps_in_the_head():
     assert got.taylor.tolist() == [3, 3]  # momentum 1, then 2
     assert got.loss == 2.5  # mean of 1, 2, 3 and of 4, weighted by samples
     assert START.params.tolist() == [1, 2]
+
+
+def test_the_proximal_pull_in_the_head():
+    # (1, 2) - 0.5 * (1, 2) = (0.5, 1); pulled back by 0.5 * 1 of the way: (0.75, 1.5)
+    got = run([session(step())], max_steps=1, proximal=1.0)
+    assert got.params.tolist() == [0.75, 1.5]
+    assert START.params.tolist() == [1, 2]
+
+
+def test_log_frequencies_of_labels():
+    frequencies = log_frequencies(np.array([0, 0, 0, 2]), 3)
+    np.testing.assert_allclose(np.exp(frequencies), [0.751, 0.001, 0.251], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_the_fleet_on_disk(tmp_path):
     folder = DemoFolder(tmp_path)
     task = TASKS["digits"]
     data = task.load(0, folder.cache)
-    write_fleet(folder, task, data, {"rounds": 3, "seed": 7}, port=1234)
+    write_fleet(folder, task, data, classes=CLASSES, training={"rounds": 3, "seed": 7}, port=1234)
     fleet = tomllib.loads(folder.fleet_toml.read_text())
     assert fleet["broker"] == {"host": "127.0.0.1", "port": 1234}
     assert fleet["training"]["rounds"] == 3
@@ -72,11 +72,11 @@ def test_the_fleet_on_disk(tmp_path):
     assert samples + len(data.y_test) == 1797
 
     with pytest.raises(ConfigError, match=r"has no 1\.root\.json"):
-        write_agents(folder, task, port=1234)
+        write_agents(folder, task, classes=CLASSES, port=1234)
     root = folder.state / "releases" / "1.root.json"
     root.parent.mkdir(parents=True)
     root.write_text("root")
-    write_agents(folder, task, port=1234)
+    write_agents(folder, task, classes=CLASSES, port=1234)
     for group in CLASSES:
         for device in group.devices:
             agent = tomllib.loads(folder.agent_toml(device).read_text())
@@ -91,10 +91,11 @@ def test_both_sides_accept_their_files(tmp_path):
 
     folder = DemoFolder(tmp_path)
     task = TASKS["digits"]
-    write_fleet(folder, task, task.load(0, folder.cache), {"rounds": 2}, port=1234)
+    data = task.load(0, folder.cache)
+    write_fleet(folder, task, data, classes=CLASSES, training={"rounds": 2}, port=1234)
     (folder.state).mkdir()
     (folder.state / "1.root.json").write_text("root")
-    write_agents(folder, task, port=1234)
+    write_agents(folder, task, classes=CLASSES, port=1234)
     assert load_fleet_config(folder.fleet_toml).training.rounds == 2
     for device in DEVICES:
         config = load_config(folder.agent_toml(device))

@@ -77,11 +77,9 @@ def correction(low: Lowering, trained: Trained, gb: str, dot: str) -> tuple[str,
     return offset, low.op("Neg", slope)
 
 
-def per_sample(low: Lowering, vector: str, live: str) -> str:
-    """(N * C,) from (C,): the vector for each live sample, zeros for each that does not count.
-
-    An affine map of (N, C, ...) seen as (1, N * C, ...) then leaves padding samples out, without
-    a pass of its own.
-    """
-    column = low.op("Reshape", live, low.ints(-1, 1))
-    return low.op("Reshape", low.op("Mul", column, vector), low.ints(-1))
+def mask_padding(low: Lowering, name: str, live: str | None, axes: int) -> str:
+    """Zero for the samples that do not count."""
+    if live is None:
+        return name
+    column = low.op("Reshape", live, low.ints(-1, *[1] * (axes - 1)))
+    return low.op("Mul", name, column)

@@ -22,7 +22,7 @@ from fleetprune_coordinator.graphs.batch_statistics import (
     Weights,
     correction,
     inverse_root,
-    per_sample,
+    mask_padding,
     sample_weights,
 )
 from fleetprune_coordinator.graphs.lowering import Call, Lowering, lowers
@@ -161,15 +161,13 @@ def _backward(
     gx = None
     if input_wanted:
         offset, slope = correction(low, trained, gb, dot)
-        rows = channels = shape[1]
-        if weights.live is not None:
-            slope, offset = (per_sample(low, v, weights.live) for v in (slope, offset))
-            rows = shape[0] * channels
-        tall = low.op("Reshape", centred, low.ints(shape[0] * channels // rows, rows, *shape[2:]))
-        own = scale_and_shift(low, tall, slope, offset, rows)
-        zero = low.writer.constant(np.zeros(channels, np.float32))
-        scaled = scale_and_shift(low, gradient, trained.gain, zero, channels)
-        gx = Value(shape, plain=low.op("Add", scaled, low.op("Reshape", own, low.ints(*shape))))
+        zero = low.writer.constant(np.zeros(shape[1], np.float32))
+        name = low.op(
+            "Add",
+            scale_and_shift(low, gradient, trained.gain, offset, shape[1]),
+            scale_and_shift(low, centred, slope, zero, shape[1]),
+        )
+        gx = Value(shape, plain=mask_padding(low, name, weights.live, len(shape)))
     return gx, low.op("Mul", dot, trained.rstd), gb
 
 

@@ -20,7 +20,7 @@ from fleetprune_coordinator.graphs.batch_statistics import (
     Weights,
     correction,
     inverse_root,
-    per_sample,
+    mask_padding,
 )
 from fleetprune_coordinator.graphs.lowering import Call, Lowering
 from fleetprune_coordinator.graphs.ops_conv_blocked import conv
@@ -98,7 +98,7 @@ def backward(
     low: Lowering, g: Value, trained: Trained, input_wanted: bool
 ) -> tuple[Value | None, str, str]:
     """Gradients of input, weight (C,) and bias (C,)."""
-    n, c, height, width = four_axes(g.shape)
+    _, c, height, width = four_axes(g.shape)
     padded, cut = low.layouts.padded(c), low.layouts.cut_vector
     gradient, centred = low.blocked(g), low.blocked(trained.centred)
     gb = low.op("ReduceSum", _pooled(low, g), low.ints(0), keepdims=0)
@@ -107,14 +107,9 @@ def backward(
     gx = None
     if input_wanted:
         offset, slope = correction(low, trained, gb, dot)
-        rows, live = padded, trained.weights.live
-        if live is not None:
-            slope, offset = (per_sample(low, v, live) for v in (slope, offset))
-            rows = n * padded
-        tall = low.op("Reshape", centred, low.ints(n * padded // rows, rows, height, width))
-        own = _affine(low, tall, slope, offset, rows)
-        own = low.op("Reshape", own, low.ints(n, padded, height, width))
-        gx = Value(g.shape, blocked=_affine(low, gradient, trained.gain, "", padded, add=own))
+        scaled = _affine(low, centred, slope, "", padded)
+        name = _affine(low, gradient, trained.gain, offset, padded, add=scaled)
+        gx = Value(g.shape, blocked=mask_padding(low, name, trained.weights.live, 4))
     return gx, cut(low.op("Mul", dot, trained.rstd), c), cut(gb, c)
 
 

@@ -1,6 +1,7 @@
 """The training graph beyond gradients: state, short batches, Taylor scores, students."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -182,6 +183,45 @@ def test_a_student_of_slices_gets_torchs_gradient(indices):
     loss.backward()
     assert out["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert relative_error(out["grad"], flat(p.grad for p in exact.parameters())) < 2e-6
+
+
+def test_the_model_learns_back_from_its_student():
+    model, student = narrow_mlp(list(range(8)))
+    student = replace(student, mutual=0.3)
+    x, y = data((6,), 4, classes=4)
+    out = run_graph(sgd_graph(model, x, student=student), step_feeds(model, x, y, np.ones(4)))
+
+    exact = copy.deepcopy(model).double()
+    own = exact(x.double())
+    w1, b1, w2, b2 = exact.parameters()
+    guess = F.linear(torch.relu(F.linear(x.double(), w1[:8], b1[:8])), w2[:, :8], b2)
+    there = F.kl_div(guess.log_softmax(-1), own.detach().softmax(-1), reduction="batchmean")
+    back = F.kl_div(own.log_softmax(-1), guess.detach().softmax(-1), reduction="batchmean")
+    (F.cross_entropy(own, y) + 0.7 * there + 0.3 * back).backward()
+    assert relative_error(out["grad"], flat(p.grad for p in exact.parameters())) < 2e-6
+
+
+def test_the_prior_shifts_the_task_loss_and_nothing_else():
+    model, student = narrow_mlp(list(range(8)))
+    x, y = data((6,), 4, classes=4)
+    prior = np.log(np.float32([0.7, 0.2, 0.05, 0.05]))
+    graph = sgd_graph(model, x, student=student, prior=True)
+    assert graph.meta.classes == 4
+    out = run_graph(graph, step_feeds(model, x, y, np.ones(4)) | {"prior": prior})
+
+    exact = copy.deepcopy(model).double()
+    own = exact(x.double())
+    w1, b1, w2, b2 = exact.parameters()
+    guess = F.linear(torch.relu(F.linear(x.double(), w1[:8], b1[:8])), w2[:, :8], b2)
+    kl = F.kl_div(guess.log_softmax(-1), own.detach().softmax(-1), reduction="batchmean")
+    (F.cross_entropy(own + torch.from_numpy(prior).double(), y) + 0.7 * kl).backward()
+    assert relative_error(out["grad"], flat(p.grad for p in exact.parameters())) < 2e-6
+
+
+def test_a_graph_without_a_prior_has_no_such_input():
+    model = models.mlp(6, 16, 4)
+    graph = export_train_step(model, torch.zeros(1, 6), batch=2)
+    assert graph.meta.classes == 0
 
 
 @pytest.mark.parametrize("block", BLOCKS)
