@@ -1,18 +1,24 @@
 """What an agent costs a device: memory at rest and in training, and disk.
 
-    python benchmarks/agent_footprint.py [--install] [--json]
+    python benchmarks/agent_footprint.py [--install | --python PATH] [--json]
 
-`idle`: an agent process connected to a mosquitto of its own, 512 samples of 3x32x32 in memory.
-`training`: the peak of a fresh process that imports the whole agent and does one training task
-on ResNet-8 at batch 32, with the operators for this processor and with portable ones.
-`install`: `python -m venv` and `pip install .[agent]`, measured by disk blocks (needs a network).
+A mosquitto and a coordinator's hub run here; the agent is a process of its own, started by
+`fleetprune agent run`, with 512 samples of 3x32x32 in memory.
+`idle`: the agent is connected and enrolled, and has looked for a release.
+`training`: the peak of that same process over its whole life, after one training task: ResNet-8 at
+batch 32, graph and model fetched over MQTT, the answer delivered. Once with the operators for this
+processor and once with portable ones.
+`install`: a new virtual environment, `pip install .[agent]`, measured by disk blocks (needs a
+network); pip and setuptools are not counted, bytecode is. The agents measured are then those of
+this installation, which is what a device has. Otherwise they run with `--python`, by default this
+interpreter, where cryptography is installed and loaded too (7 MB; a device has no use for it).
+
 Megabytes are 10**6 bytes. What is file-backed (code of shared libraries) the kernel may drop
 and read again. An agent loads onnxruntime (some 30 MB) with its first task, release or
 measurement and keeps it: `RSS after training` is what it rests at from then on.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -23,29 +29,33 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
-from securesystemslib.signer import CryptoSigner
-from tuf.api.metadata import Metadata, Root
+import torch
 
-from fleetprune.messages import Blob, Codec, GraphRef, Task
+from fleetprune.messages import Blob, Codec, Task, TaskKind
 from fleetprune.model_payload import encode_model
+from fleetprune.mqtt import BrokerSettings
 from fleetprune.result import decode_result
 from fleetprune_agent.agent import probe
-from fleetprune_agent.data import split
-from fleetprune_agent.feedback import OnDisk
-from fleetprune_agent.memory import peak_rss_mb, quiet_malloc, rss_mb, trim
-from fleetprune_agent.readers import read_npz
-from fleetprune_agent.sessions import Graphs
-from fleetprune_agent.worker import Worker, WorkerSettings
+from fleetprune_coordinator.graphs import export_train_step
+from fleetprune_coordinator.hub import Hub
+from fleetprune_coordinator.keys import init_repository
+from fleetprune_coordinator.releases import ReleaseRepository
+from fleetprune_sim.models import resnet8
 
 ROOT = Path(__file__).parent.parent
+DEVICE, FLEET = "bench", "bench"
 SAMPLES, SHAPE, CLASSES, BATCH = 512, (3, 32, 32), 10, 32
-TARGETS_MB = {"idle": 85.0, "training": 130.0}
+TARGETS_MB = {"idle": 85.0, "training": 130.0, "install": 200.0}
 SETTLE_S = 12.0
+TIDY_S = 2.0  # after an answer: the agent drops its session and gives memory back
+PATIENCE_S = 300.0
 
 
 @contextmanager
@@ -72,16 +82,6 @@ def write_samples(file: Path) -> None:
     np.savez(file, x=x, y=rng.integers(0, CLASSES, SAMPLES))
 
 
-def write_root(file: Path) -> None:
-    signer = CryptoSigner.generate_ed25519()
-    root = Root(expires=datetime.now(UTC) + timedelta(days=365), consistent_snapshot=True)
-    for role in ("root", "targets", "snapshot", "timestamp"):
-        root.add_key(signer.public_key, role)
-    metadata = Metadata(root)
-    metadata.sign(signer)
-    metadata.to_file(str(file))
-
-
 def status_mb(pid: int, key: str) -> float:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
@@ -89,125 +89,125 @@ def status_mb(pid: int, key: str) -> float:
     raise RuntimeError(f"no {key} in /proc/{pid}/status")
 
 
-def measure_idle(folder: Path) -> dict[str, float]:
+@dataclass
+class Results:
+    """The store of a coordinator that has one task; see `hub.TaskStore`."""
+
+    task: list[Task] = field(default_factory=list)
+    received: SimpleQueue[bytes] = field(default_factory=SimpleQueue)
+
+    def open_tasks(self, device: str) -> list[Task]:
+        return self.task
+
+    def save_result(self, task_id: str, device: str, data: bytes) -> bool:
+        self.received.put(data)
+        return True
+
+    def result(self, task_id: str) -> bytes | None:
+        return None
+
+
+@contextmanager
+def coordinator(folder: Path, port: int) -> Iterator[tuple[Hub, ReleaseRepository, Results]]:
+    def now() -> datetime:
+        return datetime.now(UTC)
+
+    init_repository(folder / "repository", now())
+    repository, results = ReleaseRepository(folder / "repository", now), Results()
+    hub = Hub(BrokerSettings(port=port), FLEET, results, repository.path, folder / "spool")
+    hub.start()
+    try:
+        yield hub, repository, results
+    finally:
+        hub.stop()
+
+
+@contextmanager
+def agent(python: str, folder: Path, port: int, root: bytes) -> Iterator[subprocess.Popen[bytes]]:
     write_samples(folder / "samples.npz")
-    write_root(folder / "root.json")
-    with broker(folder) as port:
-        config = folder / "agent.toml"
-        config.write_text(
-            'device = "bench"\ndevice_class = "phone"\nfleet = "bench"\n'
-            'root = "root.json"\nstate = "state"\n'
-            f'[broker]\nport = {port}\n[data]\nkind = "npz"\npath = "samples.npz"\n'
-        )
-        command = [sys.executable, "-m", "fleetprune", "agent", "run", "--config", str(config)]
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-            time.sleep(SETTLE_S)
-            found = {
-                "idle": status_mb(process.pid, "VmRSS"),
-                "idle_anonymous": status_mb(process.pid, "RssAnon"),
-            }
-            process.terminate()
-    return found
-
-
-def measure_training(folder: Path, portable: bool, steps: int) -> dict[str, float]:
-    block = 0 if portable else probe()
-    subprocess.run(
-        [sys.executable, __file__, "--export", str(block), str(folder)], check=True, cwd=ROOT
+    (folder / "root.json").write_bytes(root)
+    config = folder / "agent.toml"
+    config.write_text(
+        f'device = "{DEVICE}"\ndevice_class = "phone"\nfleet = "{FLEET}"\n'
+        'root = "root.json"\nstate = "state"\n'
+        f'[broker]\nport = {port}\n[data]\nkind = "npz"\npath = "samples.npz"\n'
     )
-    done = subprocess.run(
-        [sys.executable, __file__, "--train", str(steps), str(folder)],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    command = [python, "-m", "fleetprune", "agent", "run", "--config", str(config)]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.DEVNULL,
+        cwd=folder,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # as the systemd unit sets it
     )
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
 
 
-def export(block: int, folder: Path) -> None:
-    """In a process of its own, since it needs torch."""
-    import torch  # noqa: PLC0415
-
-    from fleetprune_coordinator.graphs import export_train_step  # noqa: PLC0415
-    from fleetprune_sim.models import resnet8  # noqa: PLC0415
-
+def training_task(repository: ReleaseRepository, block: int, steps: int) -> tuple[Task, bytes]:
+    """A task, and the model that it names."""
     torch.manual_seed(0)
     net = resnet8(CLASSES)
     graph = export_train_step(net, torch.zeros(1, *SHAPE), batch=BATCH, block=block)
-    (folder / "graph.onnx").write_bytes(graph.onnx)
     params = np.concatenate([p.detach().numpy().ravel() for p in net.parameters()])
     stats = [b for n, b in net.named_buffers() if n.endswith(("running_mean", "running_var"))]
-    np.savez(
-        folder / "model.npz",
-        params=params,
-        stats=np.concatenate([b.numpy().ravel() for b in stats]),
+    flat = np.concatenate([b.numpy().ravel() for b in stats])
+    model = encode_model(1, 0, params, flat, Codec.FP32)
+    task = Task(
+        task="t1",
+        device=DEVICE,
+        kind=TaskKind.TRAIN,
+        round=0,
+        mask_version=1,
+        shape="phone",
+        graphs=(repository.publish_graph(graph.onnx),),
+        model=Blob.of(model),
+        epochs=1000,
+        max_steps=steps,
+        learning_rate=0.01,
     )
-    write_samples(folder / "samples.npz")
+    return task, model
 
 
-def train(steps: int, folder: Path) -> None:
-    """In a process of its own, which has what an agent has and no more."""
-    quiet_malloc()
-    samples = split(read_npz(folder / "samples.npz"), 0.2).train
-    before = rss_mb()
-    with np.load(folder / "model.npz") as model:
-        data = encode_model(1, 0, model["params"], model["stats"], Codec.FP32)
-    onnx = (folder / "graph.onnx").read_bytes()
-
-    class Files:
-        def graph(self, ref: GraphRef) -> bytes:
-            return onnx
-
-        def model(self, blob: Blob) -> bytes:
-            return data
-
-    task = Task.model_validate(
-        {
-            "task": "t1",
-            "device": "bench",
-            "kind": "train",
-            "round": 0,
-            "mask_version": 1,
-            "shape": "phone",
-            "graphs": [{"target": "graph.onnx", "sha256": _sha256(onnx)}],
-            "model": {"sha256": _sha256(data), "size": len(data)},
-            "epochs": 1000,
-            "max_steps": steps,
-            "learning_rate": 0.01,
+def measure(folder: Path, python: str, block: int, steps: int) -> dict[str, float]:
+    """One agent, from its start to the end of its first task."""
+    folder.mkdir()
+    with (
+        broker(folder) as port,
+        coordinator(folder, port) as (hub, repository, results),
+        agent(python, folder, port, repository.root()) as process,
+    ):
+        time.sleep(SETTLE_S)
+        if not hub.online(DEVICE):
+            sys.exit("agent_footprint: the agent did not connect")
+        found = {
+            "idle": status_mb(process.pid, "VmRSS"),
+            "idle_anonymous": status_mb(process.pid, "RssAnon"),
+            "idle_peak": status_mb(process.pid, "VmHWM"),
         }
-    )
-    graphs, answers = Graphs(), folder / "answers.bin"
-    answers.unlink(missing_ok=True)  # else the second run is given the first one's answer
-    worker = Worker(WorkerSettings("bench"), samples, graphs, OnDisk(answers), source=Files())
-    answer = worker.handle(task)
-    seconds = decode_result(answer).header.train_s
-    peak, anonymous = peak_rss_mb(), status_mb(os.getpid(), "RssAnon")
-    graphs.release()
-    trim()
-    found = {
-        "training": peak,
-        "anonymous": anonymous,
-        "before": before,
-        "after": rss_mb(),
-        "step_ms": 1000 * seconds / steps,
-        "answer_bytes": len(answer),
-    }
-    sys.stdout.write(json.dumps(found))
+        task, model = training_task(repository, block, steps)
+        results.task = [task]
+        hub.announce(task, model)
+        answer = results.received.get(timeout=PATIENCE_S)
+        time.sleep(TIDY_S)
+        return found | {
+            "training": status_mb(process.pid, "VmHWM"),
+            "after": status_mb(process.pid, "VmRSS"),
+            "after_anonymous": status_mb(process.pid, "RssAnon"),
+            "step_ms": 1000 * decode_result(answer).header.train_s / steps,
+            "answer_bytes": len(answer),
+        }
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def measure_install(folder: Path) -> dict[str, float]:
-    venv = folder / "venv"
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    empty = disk_mb(venv)
-    pip = [str(venv / "bin" / "pip"), "install", "-qq", f"{ROOT}[agent]"]
+def install(folder: Path) -> tuple[str, float]:
+    """An installation's interpreter, and its disk space beyond that of an empty environment."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    empty = disk_mb(folder)
+    pip = [str(folder / "bin" / "pip"), "install", "-qq", f"{ROOT}[agent]"]
     subprocess.run(pip, check=True)
-    return {"install": disk_mb(venv) - empty, "install_with_pip": disk_mb(venv)}
+    return str(folder / "bin" / "python"), disk_mb(folder) - empty
 
 
 def disk_mb(folder: Path) -> float:
@@ -220,38 +220,33 @@ def disk_mb(folder: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What an agent costs a device.")
     parser.add_argument("--steps", type=int, default=40, help="training steps (default 40)")
-    parser.add_argument("--install", action="store_true", help="also measure an installation")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--install", action="store_true", help="measure a new installation")
+    source.add_argument("--python", default=sys.executable, help="interpreter of the agents")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--export", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--train", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.export:
-        export(int(options.export[0]), Path(options.export[1]))
-        return
-    if options.train:
-        train(int(options.train[0]), Path(options.train[1]))
-        return
     found: dict[str, Any] = {"steps": options.steps, "targets_mb": TARGETS_MB}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        found |= measure_idle(folder)
-        found["native"] = measure_training(folder, False, options.steps)
-        found["portable"] = measure_training(folder, True, options.steps)
+        folder, python = Path(name), options.python
         if options.install:
-            found |= measure_install(folder)
+            python, found["install"] = install(folder / "venv")
+        found["native"] = measure(folder / "native", python, probe(), options.steps)
+        found["portable"] = measure(folder / "portable", python, 0, options.steps)
     if options.json:
         print(json.dumps(found, indent=1))
         return
-    rows = [("RSS idle, connected", found["idle"], TARGETS_MB["idle"])]
-    rows.append(("  of it not file-backed", found["idle_anonymous"], None))
+    rows: list[tuple[str, float, float | None]] = [
+        ("RSS idle, connected", found["native"]["idle"], TARGETS_MB["idle"]),
+        ("  of it not file-backed", found["native"]["idle_anonymous"], None),
+    ]
     for kind in ("native", "portable"):
-        rows.append(
-            (f"RSS peak, training, {kind}", found[kind]["training"], TARGETS_MB["training"])
-        )
-        rows.append(("  of it not file-backed", found[kind]["anonymous"], None))
-        rows.append((f"RSS after training, {kind}", found[kind]["after"], None))
+        rows += [
+            (f"RSS peak, training, {kind}", found[kind]["training"], TARGETS_MB["training"]),
+            (f"RSS after training, {kind}", found[kind]["after"], None),
+            ("  of it not file-backed", found[kind]["after_anonymous"], None),
+        ]
     if options.install:
-        rows.append(("disk, agent and dependencies", found["install"], None))
+        rows.append(("disk, agent and dependencies", found["install"], TARGETS_MB["install"]))
     print(f"{'':32}{'MB':>8}{'target':>8}")
     for what, value, target in rows:
         print(f"{what:32}{value:8.1f}{'' if target is None else f'{target:8.0f}'}")

@@ -212,7 +212,6 @@ class Agent:
         """Act on a noted message, unverified."""
         if kind == "up":
             self._enrolled = False
-            self._client.reconnected()
             self._publish("status", b"online", retain=True)
             self._meet_coordinator()
             self._jobs.put("report", self._duties.repeat_report)
@@ -231,7 +230,12 @@ class Agent:
             self._take_task(Task.from_bytes(payload))
 
     def _meet_coordinator(self) -> None:
-        """Somebody may be there again: enrol, deliver, look for releases."""
+        """Somebody may be there again: enrol, deliver, look for releases.
+
+        A coordinator that was restarted has not seen what its predecessor was asked for, so
+        transfers ask again instead of waiting for timeouts that grew while nobody was there.
+        """
+        self._client.reconnected()
         self._attempts["enrol"] = 0
         self._enrol_at = time.monotonic()
         self._courier.wake()

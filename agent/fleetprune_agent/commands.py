@@ -1,12 +1,8 @@
 """`fleetprune agent`: run, check, predict, status."""
 
 import json
-import logging
-import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import numpy as np
@@ -15,6 +11,7 @@ from numpy.typing import NDArray
 
 from fleetprune.errors import DataError, FleetpruneError
 from fleetprune_agent.config import AgentConfig, CsvData, load_config
+from fleetprune_agent.process import become
 
 app = typer.Typer(no_args_is_help=True, help="Train, install and run models on this device.")
 
@@ -27,24 +24,13 @@ REACH_S = 8.0  # for `check` to reach the broker; more than one attempt to conne
 
 
 @app.command()
-def run(config: ConfigOption) -> int:
+def run(ctx: typer.Context, config: ConfigOption) -> None:
     """Run the agent until it is told to stop (SIGTERM or Ctrl-C).
 
     Exit codes: 0 stopped; 1 something failed; 2 the configuration or data is wrong; 3 the
     coordinator refuses this device.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    settings = load_config(config)
-    stop = threading.Event()
-
-    def on_signal(_signal: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-    from fleetprune_agent.agent import Agent  # noqa: PLC0415
-
-    return Agent(settings).run(stop)
+    become(config, debug=bool(getattr(ctx.obj, "debug", False)))
 
 
 @app.command()

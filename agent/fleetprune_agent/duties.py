@@ -5,9 +5,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from fleetprune.errors import DataError, FleetpruneError, InstallError, TransportError, TrustError
+from fleetprune.errors import (
+    DataError,
+    FleetpruneError,
+    InstallError,
+    MessageError,
+    TransportError,
+    TrustError,
+)
 from fleetprune.files import write_atomic
-from fleetprune.messages import Progress, Task, TaskAck
+from fleetprune.messages import Progress, Task, TaskAck, Telemetry
 from fleetprune.outbox import Kind
 from fleetprune_agent.config import AgentConfig
 from fleetprune_agent.data import Split
@@ -151,13 +158,21 @@ class Duties:
         self._send(message.to_bytes())
 
     def repeat_report(self) -> None:
-        """Send the last report again, without measuring; the first one is measured."""
+        """Send the last report again, without measuring.
+
+        There is none before the first one, and none of a release that was installed just before
+        the agent was killed: these are measured now.
+        """
         try:
             data = (self.config.state / LAST_REPORT).read_bytes()
-        except OSError:
-            self.report()
-        else:
+            told = Telemetry.from_bytes(data).release
+        except (OSError, MessageError):
+            told = None
+        active = self.slots.active()
+        if told == (0 if active is None else active.release):
             self._send(data)
+        else:
+            self.report()
 
     def _send(self, data: bytes) -> None:
         try:

@@ -1,30 +1,23 @@
 """The fleet's description, `fleet.toml`: read once, checked whole, refused in one line."""
 
-import json
 import math
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     StringConstraints,
-    ValidationError,
-    ValidationInfo,
     model_validator,
 )
 
 from fleetprune.budgets import Allocation, Budget
+from fleetprune.config_file import LocalPath, Section, load_section
 from fleetprune.costs import Costs
 from fleetprune.errors import ConfigError
 from fleetprune.messages import Codec, Name
 from fleetprune.mqtt import BrokerSettings
 from fleetprune.schedule import PolynomialDecay
-from fleetprune_coordinator.config_errors import explain
 from fleetprune_coordinator.imports import import_object
 from fleetprune_coordinator.ledger import Criterion
 
@@ -32,21 +25,10 @@ Dotted = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\
 """`module:name`, to be imported."""
 
 
-def _from_base(path: Path, info: ValidationInfo) -> Path:
-    base: Path | None = (info.context or {}).get("base")
-    return path if base is None else base / path
-
-
-LocalPath = Annotated[Path, AfterValidator(_from_base)]
-"""A path; a relative one starts at the folder of the file."""
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The user's model."""
 
     factory: Dotted
@@ -80,14 +62,14 @@ class ModelConfig(_Section):
         return self.classes if self.classes is not None else len(self.labels)
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """What the coordinator itself has; the training data stays on the devices."""
 
     test: LocalPath | None = None
     """`.npz` with `x` and `y`: judges each class's model and provides its golden samples."""
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """How the rounds run; the defaults won on small image and motion tasks."""
 
     rounds: int = Field(default=20, ge=1)
@@ -134,6 +116,11 @@ class TrainingConfig(_Section):
     stratified: bool = True
     """Draw from every class in turn instead of from the whole fleet."""
 
+    @property
+    def final_remask(self) -> int:
+        """The last round that may bring new masks."""
+        return self.rounds // 2 if self.last_remask is None else self.last_remask
+
     @model_validator(mode="after")
     def _enough_devices(self) -> Self:
         if self.min_devices > self.devices_per_round:
@@ -144,14 +131,14 @@ class TrainingConfig(_Section):
         return self
 
 
-class PruningConfig(_Section):
+class PruningConfig(Section):
     """How a budget becomes keep counts."""
 
     channel_multiple: int = Field(default=8, ge=1)
     allocation: Allocation = Allocation.UNIFORM
 
 
-class ClassConfig(_Section):
+class ClassConfig(Section):
     """What one device class can hold: absolute figures, or shares of the dense model's."""
 
     flash_bytes: int | None = Field(default=None, gt=0)
@@ -188,11 +175,11 @@ class ClassConfig(_Section):
         )
 
 
-class FleetConfig(_Section):
+class FleetConfig(Section):
     """All of `fleet.toml`."""
 
     fleet: Name
-    state: LocalPath = Path("state")
+    state: LocalPath = Field(default="state", validate_default=True)
     """Folder of the registry and the releases."""
     broker: BrokerSettings = Field(default_factory=BrokerSettings)
     model: ModelConfig
@@ -248,32 +235,9 @@ def load_fleet_config(path: Path) -> FleetConfig:
         ConfigError: The file cannot be read or parsed, a key is unknown, missing or has a wrong
             value; one line with the file and the key.
     """
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ConfigError(f"{path}: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{path}: byte {e.start} is not UTF-8") from e
-    except tomllib.TOMLDecodeError as e:
-        raise ConfigError(f"{path}: {e}") from e
-    folder = path.absolute().parent
-    data.setdefault("state", "state")  # so that the default, too, starts at the folder
-    try:
-        # As strict JSON: "8" is no number and 1 is no truth, but a list is a tuple.
-        config = FleetConfig.model_validate_json(
-            json.dumps(data, default=str), strict=True, context={"base": folder}
-        )
-    except ValidationError as e:
-        raise ConfigError(f"{path}: {explain(e, FleetConfig)}") from e
+    config = load_section(path, FleetConfig)
     for key, file in (("model.initial", config.model.initial), ("data.test", config.data.test)):
         if file is not None and not file.is_file():
             raise ConfigError(f"{path}: {key}: no file {file}")
-    config = config.model_copy(update={"broker": _with_paths(config.broker, folder)})
-    config._folder = folder
+    config._folder = path.absolute().parent
     return config
-
-
-def _with_paths(broker: BrokerSettings, folder: Path) -> BrokerSettings:
-    """The settings with certificates looked for beside the file."""
-    files = {name: getattr(broker, name) for name in ("ca_file", "cert_file", "key_file")}
-    return broker.model_copy(update={n: folder / f for n, f in files.items() if f is not None})

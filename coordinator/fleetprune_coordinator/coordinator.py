@@ -59,13 +59,21 @@ class Released:
 class Coordinator:
     """A fleet's model, registry and release repository."""
 
-    def __init__(self, config: FleetConfig, now: Callable[[], float], events: EventLog) -> None:
+    def __init__(
+        self,
+        config: FleetConfig,
+        now: Callable[[], float],
+        events: EventLog,
+        check_stop: Callable[[], None] = lambda: None,
+    ) -> None:
         """Open the fleet's state and trace its model.
 
         Args:
             config: The fleet.
             now: Seconds since 1970.
             events: Where progress is told.
+            check_stop: Called between steps that take long; what it raises ends the work, which
+                the next start takes up.
 
         Raises:
             ConfigError: The model or a file it names cannot be loaded, or there are no keys.
@@ -75,6 +83,7 @@ class Coordinator:
         """
         self.config = config
         self.events = events
+        self._check_stop = check_stop
         torch.manual_seed(config.training.seed)
         self.network = load_model(config)
         self._example = torch.zeros(1, *config.model.input_shape)
@@ -107,6 +116,7 @@ class Coordinator:
                 mutual_weight=config.training.mutual_weight,
                 prior=config.training.adjust_logits and config.model.loss == "cross_entropy",
             ),
+            check_stop=check_stop,
         )
         self.rounds = Rounds(
             config.training,
@@ -139,6 +149,7 @@ class Coordinator:
 
     def artifact(self, name: str) -> Artifact:
         """A class's model as it would be shipped now; BudgetError if it is over its budget."""
+        self._check_stop()
         built = build(self.network, self.architecture, self.rounds.model, name, self._golden())
         self.planner.check(name, built.costs)
         return built
@@ -164,6 +175,7 @@ class Coordinator:
         }
         if manifests.keys() != artifacts.keys():
             manifests = self._publish(artifacts)
+        self._note(manifests)
         return {name: Released(m, artifacts[name]) for name, m in manifests.items()}
 
     def _publish(self, artifacts: Mapping[str, Artifact]) -> dict[str, Manifest]:
@@ -183,18 +195,24 @@ class Coordinator:
             )
             for name, artifact in artifacts.items()
         }
-        number = self.repository.latest_release() + 1
-        manifests = self.repository.publish_release(number, contents)
-        self.registry.add_release(*(_record(m) for m in manifests.values()))
+        self._check_stop()
+        return self.repository.publish_release(self.repository.latest_release() + 1, contents)
+
+    def _note(self, manifests: Mapping[str, Manifest]) -> None:
+        """Record a release that is out and tell of it, unless that was done before a restart."""
+        known = {(r.number, r.device_class) for r in self.registry.releases()}
+        new = [m for m in manifests.values() if (m.release, m.device_class) not in known]
+        if not new:
+            return
+        self.registry.add_release(*map(_record, new))
         self.events.emit(
             "release",
-            number=number,
+            number=max(m.release for m in manifests.values()),
             classes={
                 n: {"bytes": m.size, "macs": m.macs, "accuracy": m.accuracy}
                 for n, m in manifests.items()
             },
         )
-        return manifests
 
     def _golden(self) -> NDArray[np.float32]:
         if self.test is not None:

@@ -108,8 +108,20 @@ class GraphLibrary:
         example: torch.Tensor,
         store: GraphStore,
         options: StepOptions,
+        *,
+        check_stop: Callable[[], None] = lambda: None,
     ) -> None:
-        """Prepare for one model; nothing is exported yet."""
+        """Prepare for one model; nothing is exported yet.
+
+        Args:
+            model: The user's.
+            architecture: Its description.
+            example: One sample.
+            store: Where graphs are published.
+            options: What is the same for all shapes.
+            check_stop: Called before each export, which may take seconds; raises to end.
+        """
+        self._check_stop = check_stop
         self._model = model
         self._architecture = architecture
         self._example = example
@@ -179,6 +191,7 @@ class GraphLibrary:
     def _once(self, export: Callable[[], Graph], **key: Any) -> GraphRef:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         if digest not in self._made:
+            self._check_stop()
             graph = export()
             self._made[digest] = self._store.publish_graph(graph.onnx)
             log.info("exported %s graph of %d bytes", key["kind"], len(graph.onnx))

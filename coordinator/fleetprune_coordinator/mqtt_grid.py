@@ -24,6 +24,8 @@ from fleetprune_coordinator.task_grid import TaskGrid
 
 log = logging.getLogger(__name__)
 
+LOOK_S = 0.2  # between two looks whether to stop; answers are noticed at once
+
 
 @dataclass(slots=True)
 class _Pending:
@@ -34,10 +36,24 @@ class _Pending:
 class MqttGrid(TaskGrid):
     """A grid whose nodes are devices behind a `Hub`."""
 
-    def __init__(self, hub: Hub, store: TaskStore, nodes: Callable[[], Mapping[str, int]]) -> None:
-        """Listen to `hub`, which answers into `store`; starting the hub is the caller's."""
+    def __init__(
+        self,
+        hub: Hub,
+        store: TaskStore,
+        nodes: Callable[[], Mapping[str, int]],
+        check_stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Listen to `hub`; starting it is the caller's.
+
+        Args:
+            hub: Carries tasks and answers.
+            store: Where the hub keeps answers.
+            nodes: Gives node ids by device name.
+            check_stop: Called now and then while waiting for answers; what it raises ends the
+                wait, and the tasks are left as they are.
+        """
         super().__init__(nodes)
-        self._hub, self._store = hub, store
+        self._hub, self._store, self._check_stop = hub, store, check_stop
         self._changed = threading.Condition()
         self._pending: dict[str, _Pending] = {}
         self._over: set[str] = set()
@@ -127,8 +143,13 @@ class MqttGrid(TaskGrid):
     def _wait(self, waiting: dict[str, None], deadline: float | None) -> set[str]:
         """Tasks that have ended, at least one unless the deadline has passed."""
         with self._changed:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            return self._changed.wait_for(lambda: self._over & waiting.keys(), left)
+            while not (ended := self._over & waiting.keys()):
+                self._check_stop()
+                left = LOOK_S if deadline is None else deadline - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(min(left, LOOK_S))
+            return ended
 
     def _reply(self, task: str) -> Message | None:
         with self._changed:

@@ -27,7 +27,14 @@ from fleetprune_coordinator.fleet_model import FleetModel, Tensors, initial_mode
 from fleetprune_coordinator.graph_library import GraphLibrary
 from fleetprune_coordinator.ledger import Ledger
 from fleetprune_coordinator.plan import Planner
-from fleetprune_coordinator.records import DeviceRecord, MaskRecord, Phase
+from fleetprune_coordinator.records import (
+    DeviceRecord,
+    MaskRecord,
+    Phase,
+    RoundRecord,
+    RoundState,
+    TaskState,
+)
 from fleetprune_coordinator.registry import Registry
 from fleetprune_coordinator.snapshot import Snapshot
 
@@ -129,15 +136,11 @@ class Rounds:
         keys = [RoundKey(Phase.TRAIN, n) for n in range(1, last + 1)]
         passes = self._settings.calibration_passes
         keys += [RoundKey(Phase.CALIBRATE, last, s) for s in range(1, passes + 1)]
-        closed = {
-            RoundKey(r.phase, r.number, r.step)
-            for r in self._registry.rounds()
-            if r.closed_at is not None
-        }
-        left = [key for key in keys if key not in closed]
-        if self._calibrated:
-            left = [key for key in left if key.phase is Phase.TRAIN]
-        return left
+        seen = {_key(r): r.state for r in self._registry.rounds()}
+        left = [key for key in keys if key not in seen]
+        if self._calibrated and not any(key.phase is Phase.TRAIN for key in left):
+            left = []
+        return [key for key, state in seen.items() if state is RoundState.OPEN] + left
 
     # ---- asking
 
@@ -169,7 +172,9 @@ class Rounds:
             )
         records = self._registry.tasks(key.number, key.phase, step=key.step)
         return [
-            Assignment(r.node_id, r.task, self._registry.blob(r.task.model.sha256)) for r in records
+            Assignment(r.node_id, r.task, self._registry.blob(r.task.model.sha256))
+            for r in records
+            if r.state is not TaskState.REFUSED
         ]
 
     def _plan(self, key: RoundKey) -> list[Assignment]:
@@ -264,7 +269,7 @@ class Rounds:
         opened = self._registry.open_round()
         if opened is None:
             return {}
-        key = RoundKey(opened.phase, opened.number, opened.step)
+        key = _key(opened)
         intake = _Intake(self._architecture, self.model, self.ledger)
         tasks = {
             record.task.task: record.task
@@ -296,6 +301,7 @@ class Rounds:
     def _apply(self, key: RoundKey, intake: "_Intake") -> MaskRecord | None:
         """Move the state on; the new mask's record if the units were put in a new order."""
         model = self.model
+        self._calibrated = False
         deltas, _ = intake.aggregate.result()
         params = {name: model.params[name] + delta for name, delta in deltas.items()}
         stats = intake.statistics()
@@ -308,12 +314,11 @@ class Rounds:
 
     def _remask_due(self, key: RoundKey) -> bool:
         every = self._settings.remask_every
-        last = self._settings.last_remask
         return (
             key.phase is Phase.TRAIN
             and every > 0
             and key.number % every == 0
-            and key.number <= (self._settings.rounds // 2 if last is None else last)
+            and key.number <= self._settings.final_remask
             and self.ledger.ready(self._settings.criterion)
         )
 
@@ -425,6 +430,10 @@ class _Intake:
             "loss": round(self._loss / self._weight, 5) if self._weight else None,
             "accuracy": {name: round(r / n, 4) for name, (r, n) in self._right.items()},
         }
+
+
+def _key(record: RoundRecord) -> RoundKey:
+    return RoundKey(record.phase, record.number, record.step)
 
 
 def _largest_move(before: Mapping[str, Tensors], after: Mapping[str, Tensors]) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 from fleetprune.errors import TransportError
 from fleetprune.files import write_atomic
 from fleetprune.messages import Enrol, Telemetry
+from fleetprune.mqtt import Phase
 from fleetprune_coordinator.config import FleetConfig
 from fleetprune_coordinator.coordinator import Coordinator, Released
 from fleetprune_coordinator.events import EventLog
@@ -24,6 +25,7 @@ from fleetprune_coordinator.summary import summarise
 log = logging.getLogger(__name__)
 
 REFRESH_S = 3600.0  # seconds between new timestamps; they live for a day
+CONNECT_S = 30.0  # seconds for the first connection to the broker
 INSTALL_WAIT_S = 120.0  # seconds that `--until-released` waits for the devices to install
 POLL_S = 0.1  # seconds between looks at what devices have reported
 
@@ -52,7 +54,11 @@ class Server:
         self.hub.watch(self._outcome)
         self._counted: dict[str, tuple[int, int]] = {}
         self._last = time.monotonic()
-        self._installed: set[tuple[str, int]] = set()
+        self._installed = {
+            (r.telemetry.device, r.telemetry.release)
+            for r in self._registry.latest_telemetry()
+            if r.telemetry.state == "committed"
+        }
 
     # ---- what the hub tells
 
@@ -98,7 +104,7 @@ class Server:
         config = self._coordinator.config
         if not self._coordinator.rounds.remaining():
             return
-        self._wait_for_devices(config.training.min_devices)
+        self.wait_for_devices()
         start = time.monotonic()
         self._coordinator.rounds.prepare()
         self._last = time.monotonic()
@@ -109,13 +115,27 @@ class Server:
             self.hub,
             self._registry,
             lambda: {d.name: d.id for d in self._registry.devices()},
+            self.check_stop,
         )
-        run_app(app, grid)
-        grid.close()
+        try:
+            run_app(app, grid)
+        finally:
+            grid.close()
+
+    def connect(self) -> None:
+        """Wait for the broker; TransportError if it is not there in time."""
+        deadline = time.monotonic() + CONNECT_S
+        while self.hub.connection.phase is not Phase.UP and time.monotonic() < deadline:
+            self._pause(POLL_S)
+        self.hub.connection.wait_connected(0.0)
 
     def _wait_for_anybody(self) -> None:
         """Return when a device is online: a round that nobody answers teaches nothing."""
         self._wait_for_devices(1)
+
+    def wait_for_devices(self) -> None:
+        """Wait until as many devices are online as a training needs."""
+        self._wait_for_devices(self._coordinator.config.training.min_devices)
 
     def _wait_for_devices(self, least: int) -> None:
         told = -1
@@ -126,8 +146,12 @@ class Server:
             self._pause(POLL_S)
 
     def _pause(self, seconds: float) -> None:
-        if self._stop.wait(seconds):
-            raise KeyboardInterrupt
+        self._stop.wait(seconds)
+        self.check_stop()
+
+    def check_stop(self) -> None:
+        """KeyboardInterrupt if the operator wants an end."""
+        _check(self._stop)
 
     def _closed(self, metrics: dict[str, Any]) -> None:
         """Tell of a round, with the bytes that its devices sent and got."""
@@ -146,8 +170,7 @@ class Server:
             **fields,
         )
         self._last = now
-        if self._stop.is_set():
-            raise KeyboardInterrupt
+        self.check_stop()
 
     def count_traffic(self, round_: int) -> tuple[int, int]:
         """Book each device's packets since the last call; returns their sums (up, down)."""
@@ -175,6 +198,11 @@ class Server:
         return []
 
 
+def _check(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise KeyboardInterrupt
+
+
 def _ignore(result: object) -> None:
     """For callbacks whose answer nobody needs."""
 
@@ -200,7 +228,7 @@ def serve(
 
     Args:
         config: The fleet.
-        stop: Ends it at the next safe point.
+        stop: Ends it within seconds; the next start goes on from there.
         events: File that events are appended to.
         until_released: End when every device that is online has installed the release.
 
@@ -212,16 +240,22 @@ def serve(
         KeyboardInterrupt: `stop` was set before the release.
     """
     start = time.monotonic()
-    with EventLog(events, time.time) as log_, Coordinator(config, time.time, log_) as coordinator:
+    with (
+        EventLog(events, time.time) as log_,
+        Coordinator(config, time.time, log_, lambda: _check(stop)) as coordinator,
+    ):
         server = Server(coordinator, stop)
         with serving(server.hub):
-            server.hub.connection.wait_connected(30.0)
+            server.connect()
             coordinator.events.emit("serving", fleet=config.fleet, pid=os.getpid())
             server.train()
             released = coordinator.release()
             number = next(iter(released.values())).manifest.release
             server.hub.announce_release(number)
-            missing = server.wait_for_installs(number, INSTALL_WAIT_S) if until_released else []
+            missing = []
+            if until_released:
+                server.wait_for_devices()  # after a restart nobody may have come back yet
+                missing = server.wait_for_installs(number, INSTALL_WAIT_S)
             server.count_traffic(config.training.rounds)
             summary = summarise(
                 coordinator, released, engine="mqtt", wall_s=time.monotonic() - start

@@ -2,9 +2,7 @@
 
 Its sub-commands live in distributions' other packages and are loaded by name when they are
 called, so that `fleetprune agent` on a device imports neither torch nor flwr, and a command
-whose optional dependencies are missing can say so.
-
-Exit codes: 0 done; 1 something failed; 2 the input or the installation is wrong; 130 Ctrl-C.
+whose optional dependencies are missing can say so. Exit codes: see `exits`.
 """
 
 import importlib
@@ -18,11 +16,8 @@ import click
 import typer
 from typer.core import TyperGroup
 
-from fleetprune.errors import FleetpruneError, MissingExtraError, UsageError
-
-FAILED = 1
-MISUSED = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+from fleetprune.errors import MissingExtraError
+from fleetprune.exits import INTERRUPTED, end_with, say
 
 
 @dataclass(frozen=True)
@@ -154,7 +149,7 @@ def run(arguments: Sequence[str], options: Options) -> int:
         if isinstance(e, click.exceptions.NoArgsIsHelpError):
             e.show()
         else:
-            _say(e.format_message())
+            say(e.format_message())
         return e.exit_code
     except click.Abort:
         return INTERRUPTED
@@ -164,21 +159,7 @@ def run(arguments: Sequence[str], options: Options) -> int:
 def main() -> NoReturn:
     """Entry point of the console command."""
     options = Options()
-    try:
-        code = run(sys.argv[1:], options)
-    except FleetpruneError as e:
-        if options.debug:
-            raise
-        _say(str(e))
-        code = MISUSED if isinstance(e, UsageError) else FAILED
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    sys.exit(code)
-
-
-def _say(message: str) -> None:
-    """One line on standard error."""
-    sys.stderr.write(f"fleetprune: {' '.join(message.split())}\n")
+    end_with(lambda: run(sys.argv[1:], options), debug=lambda: options.debug)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.reasoncodes import ReasonCode
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from fleetprune.config_file import LocalPath, Section
 from fleetprune.errors import ConfigError, TransportError
 from fleetprune.retry import Backoff
 
@@ -48,20 +48,18 @@ _REFUSALS = {
 }
 
 
-class BrokerSettings(BaseModel):
+class BrokerSettings(Section):
     """Where the broker is and how to prove who we are."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: str = "127.0.0.1"
     port: int = Field(default=1883, ge=1, le=65535)
     username: str | None = None
     password: str | None = Field(default=None, repr=False)
-    ca_file: Path | None = None
+    ca_file: LocalPath | None = None
     """Certificates to verify the broker with; given: TLS is used."""
-    cert_file: Path | None = None
+    cert_file: LocalPath | None = None
     """The client's certificate, for brokers that require one."""
-    key_file: Path | None = None
+    key_file: LocalPath | None = None
     keepalive_s: int = Field(default=30, ge=5, le=3600)
     """Silence after which a peer counts as gone; some brokers close clients that say 0."""
 

@@ -7,7 +7,7 @@ from repositories import NOW, MemoryRepository
 from step_graphs import Shelf, step
 
 from fleetprune.errors import TransportError, TrustError
-from fleetprune.messages import Blob, GraphRef, Progress
+from fleetprune.messages import Blob, GraphRef, Progress, Telemetry
 from fleetprune.mqtt import BrokerSettings
 from fleetprune.outbox import Kind
 from fleetprune_agent.config import AgentConfig, NpzData
@@ -139,6 +139,21 @@ def test_a_report_is_repeated_as_it_was(bench):
     bench.duties.repeat_report()
     assert (bench.duties.config.state / "last.json").read_bytes() == first
     assert bench.delivered == [(Kind.TELEMETRY, "telemetry")] * 2
+
+
+def test_a_report_from_before_an_installation_is_measured_anew(bench):
+    bench.duties.repeat_report()
+    last = bench.duties.config.state / "last.json"
+    before = last.read_bytes()  # no model
+    bench.released.release(1)
+    assert bench.duties.refresh()
+    assert Telemetry.from_bytes(last.read_bytes()).release == 1
+    last.write_bytes(before)  # as after a kill between installing and reporting
+    bench.duties.repeat_report()
+    assert Telemetry.from_bytes(last.read_bytes()).release == 1
+    last.write_bytes(b"{")
+    bench.duties.repeat_report()
+    assert Telemetry.from_bytes(last.read_bytes()).release == 1
 
 
 def test_graphs_come_signed_or_not_at_all(tmp_path):

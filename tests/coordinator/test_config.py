@@ -262,9 +262,11 @@ def test_a_class_name_is_a_topic_level(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     missing = tmp_path / "none.toml"
-    with pytest.raises(ConfigError, match=rf"^{re.escape(str(missing))}: No such file"):
+    with pytest.raises(
+        ConfigError, match=rf"^{re.escape(str(missing))}: cannot be read: No such file"
+    ):
         load_fleet_config(missing)
-    assert refusal(tmp_path, "fleet =").startswith("Invalid value")
+    assert refusal(tmp_path, "fleet =").startswith("not TOML: Invalid value")
     path = tmp_path / "fleet.toml"
     path.write_bytes(b'a = "\xff"')
     with pytest.raises(ConfigError, match=r": byte 5 is not UTF-8$"):

@@ -1,3 +1,4 @@
+import threading
 import time
 from contextlib import ExitStack
 
@@ -28,7 +29,8 @@ def fleet(request):
 class Site:
     """Hub, grid and devices of one test."""
 
-    def __init__(self, settings, folder, fleet, store):
+    def __init__(self, settings, folder, fleet, store, check_stop=lambda: None):
+        self.check_stop = check_stop
         self.settings, self.folder, self.fleet, self.store = settings, folder, fleet, store
         self.stack = ExitStack()
 
@@ -38,7 +40,7 @@ class Site:
         hub.start()
         self.stack.callback(hub.stop)
         hub.connection.wait_connected(10)
-        self.grid = MqttGrid(hub, self.store, lambda: NODES)
+        self.grid = MqttGrid(hub, self.store, lambda: NODES, self.check_stop)
         self.stack.callback(self.grid.close)
         return self
 
@@ -113,6 +115,24 @@ def test_the_deadline_ends_the_round_without_the_silent(broker, fleet, tmp_path)
         assert [r.metadata.src_node_id for r in replies] == [101]
         assert site.hub._announced == {}
         assert site.grid._pending == {}
+
+
+def test_a_stop_ends_the_wait_and_leaves_the_tasks_open(broker, fleet, tmp_path):  # noqa: F811
+    store, stop = MemoryStore(), threading.Event()
+
+    def check_stop():
+        if stop.is_set():
+            raise KeyboardInterrupt
+
+    with Site(broker.settings, tmp_path, fleet, store, check_stop) as site:
+        replies = site.grid.send_and_receive(messages(store, task("t1")), timeout=30)
+        threading.Timer(0.3, stop.set).start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            next(replies)
+        assert 0.2 < time.monotonic() - began < 2
+        assert (site.hub._announced, site.grid._pending) == ({}, {})
+        assert store.open_tasks("d1") == [task("t1")]
 
 
 def test_answered_tasks_of_an_interrupted_round_are_yielded_at_once(

@@ -1,11 +1,15 @@
 """Answers that lie, repeat or do not fit change nothing."""
 
+import time
+
 import numpy as np
 import pytest
 
 from fleetprune.messages import Codec, ResultHeader
 from fleetprune.result import encode_result
 from fleetprune.update import SparseUpdate
+from fleetprune_coordinator.coordinator import Coordinator
+from fleetprune_coordinator.events import EventLog
 from fleetprune_sim.loop import open_coordinator
 from tests.simulations.fleets import tiny_config, tiny_devices
 
@@ -201,3 +205,44 @@ def test_an_open_round_is_taken_up_with_the_same_tasks(coordinator):
     asked = [(a.node_id, a.task, a.model) for a in coordinator.rounds.begin()]
     again = [(a.node_id, a.task, a.model) for a in coordinator.rounds.begin()]
     assert asked == again
+
+
+def test_a_task_that_was_refused_is_not_asked_again(coordinator):
+    rounds = coordinator.rounds
+    first, *others = (a.task for a in rounds.begin())
+    assert coordinator.registry.refuse_task(first.task, first.device, "no data")
+    assert [a.task for a in rounds.begin()] == others
+
+
+def test_an_open_round_is_finished_before_a_longer_training(tmp_path):
+    def answered(opened):
+        asked = opened.rounds.begin()
+        opened.rounds.finish([])
+        return {(a.task.round, a.task.kind.value) for a in asked}
+
+    with open_coordinator(tiny_config(tmp_path, rounds=1), tiny_devices()) as opened:
+        assert answered(opened) == {(1, "train")}
+        opened.rounds.begin()
+    with open_coordinator(tiny_config(tmp_path, rounds=2), tiny_devices()) as opened:
+        assert answered(opened) == {(1, "observe")}
+        assert answered(opened) == {(2, "train")}
+        assert answered(opened) == {(2, "observe")}
+        assert opened.rounds.remaining() == []
+
+
+def test_a_stop_comes_before_the_next_export(tmp_path):
+    class StopHereError(Exception):
+        pass
+
+    def stop():
+        raise StopHereError
+
+    with open_coordinator(tiny_config(tmp_path), tiny_devices()):
+        pass
+    config = tiny_config(tmp_path)
+    with Coordinator(config, time.time, EventLog(None, time.time), stop) as opened:
+        for work in (opened.rounds.prepare, opened.rounds.begin, opened.release):
+            with pytest.raises(StopHereError):
+                work()
+        assert opened.registry.rounds() == []
+        assert opened.repository.latest_release() == 0

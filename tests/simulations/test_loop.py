@@ -63,6 +63,16 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path):
     assert seen == []
 
 
+def test_a_longer_training_is_calibrated_again(tmp_path):
+    run(tmp_path)
+    _, seen = run(tmp_path, rounds=6)
+    assert [(m["phase"], m["round"]) for m in seen] == [
+        ("train", 5),
+        ("train", 6),
+        ("calibrate", 6),
+    ]
+
+
 def test_the_registry_keeps_rounds_tasks_and_masks(tmp_path):
     devices = tiny_devices()
     with open_coordinator(tiny_config(tmp_path), devices) as coordinator:
@@ -100,3 +110,23 @@ def test_a_release_that_is_out_already_is_not_published_again(tmp_path):
             n: r.manifest for n, r in first.items()
         }
         assert coordinator.repository.latest_release() == 1
+
+
+def test_a_release_is_recorded_though_the_coordinator_was_killed_after_publishing(
+    tmp_path, monkeypatch
+):
+    def killed(*records):
+        raise StopHereError
+
+    with open_coordinator(tiny_config(tmp_path), tiny_devices()) as coordinator:
+        monkeypatch.setattr(coordinator.registry, "add_release", killed)
+        with pytest.raises(StopHereError):
+            coordinator.release()
+        assert coordinator.repository.latest_release() == 1
+    for _ in range(2):
+        with open_coordinator(tiny_config(tmp_path), tiny_devices()) as coordinator:
+            coordinator.release()
+            assert {(r.number, r.device_class) for r in coordinator.registry.releases()} == {
+                (1, "large"),
+                (1, "small"),
+            }

@@ -116,7 +116,7 @@ def export_train_step(
     if not writer.uses("RandomUniform"):
         exact = training_step(model, function, student, torch.float64, prior)
         meta = _expect(exact, meta, weight_decay, gates)
-    onnx = writer.serialize({METADATA_KEY: meta.to_json()})
+    onnx = writer.serialize({METADATA_KEY: meta.to_json()}, turn="loss")
     check.check_here(onnx, meta)
     return finished(onnx, meta)
 

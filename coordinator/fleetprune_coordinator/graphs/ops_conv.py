@@ -81,10 +81,7 @@ def convolution_backward(
     )
     blocked = bool(low.block) and fast.suits(geometry) and geometry.dilation == (1, 1)
     gx = gw = gb = None
-    if wanted[0]:
-        make = fast.input_gradient if blocked else input_gradient
-        gx = make(low, geometry, g, w, x.shape)
-    if wanted[1]:
+    if wanted[1]:  # before the input's, which would wait in memory beside what this one unfolds
         if blocked and not geometry.pointwise:
             name = fast.weight_gradient(low, geometry, x, g)
         else:
@@ -92,6 +89,9 @@ def convolution_backward(
         gw = Value(w.shape, plain=low.reshape(name, w.shape))
     if wanted[2]:
         gb = bias_gradient(low, g)
+    if wanted[0]:
+        make = fast.input_gradient if blocked else input_gradient
+        gx = make(low, geometry, g, w, x.shape)
     return [gx, gw, gb]
 
 
@@ -159,10 +159,11 @@ def weight_gradient(low: Lowering, geometry: Geometry, x: Value, g: Value) -> st
     Returns:
         The name of a tensor with the elements of w in order.
     """
-    padded = read_part(low, geometry, plain4(low, x))
     gradient = plain4(low, g)
     if geometry.pointwise:
-        return _pointwise_weight_gradient(low, geometry, padded, gradient)
+        part = _read_by_pointwise(low, geometry, x)
+        return _pointwise_weight_gradient(low, geometry, part, gradient)
+    padded = read_part(low, geometry, plain4(low, x))
     if geometry.depthwise and geometry.out_size[1] <= NARROW and geometry.out_size[0] > 1:
         return _depthwise_weight_gradient(low, geometry, padded, gradient)
     parts = [
@@ -190,14 +191,25 @@ def _tap_gradient(low: Lowering, geometry: Geometry, part: str, gradient: str) -
     return low.op("ReduceSum", product, low.ints(0), keepdims=0)
 
 
-def _pointwise_weight_gradient(
-    low: Lowering, geometry: Geometry, padded: str, gradient: str
-) -> str:
+def _read_by_pointwise(low: Lowering, geometry: Geometry, x: Value) -> str:
+    """The positions that a pointwise convolution reads, (N, C, Ho, Wo).
+
+    Blocked values are cut before they change layout: the whole input in a second layout would be
+    the largest tensor of all.
+    """
+    if geometry.pad != (0, 0):
+        return tap(low, geometry, read_part(low, geometry, plain4(low, x)), 0, 0)
+    if not x.only_blocked or geometry.stride == (1, 1) or len(x.shape) != 4:
+        return tap(low, geometry, plain4(low, x), 0, 0)
+    n, c = x.shape[:2]
+    name = tap(low, geometry, low.layouts.memory(low.blocked(x), x.shape), 0, 0)
+    name = low.op("Reshape", name, low.ints(n, low.layouts.padded(c), *geometry.out_size))
+    return low.plain(Value((n, c, *geometry.out_size), blocked=name))
+
+
+def _pointwise_weight_gradient(low: Lowering, geometry: Geometry, part: str, gradient: str) -> str:
     """Sum over n of g[n] @ x[n].T, with positions as columns."""
     n, positions = geometry.batch, geometry.out_size[0] * geometry.out_size[1]
-    part = padded
-    if geometry.stride != (1, 1):
-        part = tap(low, geometry, padded, 0, 0)
     if positions >= LONG:
         left = low.op("Reshape", gradient, low.ints(n, geometry.outputs, positions))
         right = low.op("Reshape", part, low.ints(n, geometry.channels, positions))

@@ -103,9 +103,11 @@ def _normalise(
     centred = scale_and_shift(low, low.plain(x), ones, low.op("Neg", mean), c)
     variance = _weighted_mean(low, low.op("Mul", centred, centred), x.shape, weights)
     rstd = inverse_root(low, variance, eps)
-    y = low.op("BatchNormalization", low.plain(x), gain, offset, mean, variance, epsilon=eps)
-    trained = Trained(Value(x.shape, plain=centred), low.op("Mul", rstd, gain), rstd, weights)
-    return low.result(call, y), mean, variance, trained
+    scale = low.op("Mul", rstd, gain)
+    y = scale_and_shift(low, centred, scale, offset, c)
+    trained = Trained(Value(x.shape, plain=centred), scale, rstd, weights)
+    # Cheap: `_backward` keeps `centred`.
+    return low.result(call, low.writer.cheap(y)), mean, variance, trained
 
 
 def _weighted_mean(low: Lowering, name: str, shape: Sequence[int], weights: Weights) -> str:

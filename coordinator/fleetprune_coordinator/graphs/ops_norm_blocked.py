@@ -87,7 +87,7 @@ def normalise(
     name = _affine(
         low, centred, scale, low.layouts.pad_vector(offset, c), padded, **activation.attributes
     )
-    y = Value(x.shape, blocked=name)
+    y = Value(x.shape, blocked=low.writer.cheap(name))  # from `centred`, which `backward` keeps
     if activation.node is not None:
         low.memo["activated", activation.node] = y
     trained = Trained(Value(x.shape, blocked=centred), scale, rstd, weights)

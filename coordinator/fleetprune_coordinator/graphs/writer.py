@@ -20,6 +20,9 @@ MICROSOFT = "com.microsoft"
 NCHWC = "com.microsoft.nchwc"
 """onnxruntime's operators on channel-blocked tensors, present where the processor has them."""
 
+_AS_CHEAP = {"Clip", "Identity", "Relu", "Reshape"}
+"""Operators whose output is as quickly computed again as their input."""
+
 Shape = Sequence[int | str]
 """Sizes; a string names a size that is known only when the graph runs."""
 
@@ -35,6 +38,7 @@ class GraphWriter:
         self._initializers: list[onnx.TensorProto] = []
         self._known: dict[tuple[Any, ...], list[str]] = {}
         self._names = 0
+        self._cheap: set[str] = set()
 
     def constant(self, array: Any, dtype: Any = None) -> str:
         """The name of a constant tensor."""
@@ -84,7 +88,14 @@ class GraphWriter:
             helper.make_node(op_type, list(inputs), names, domain=domain, **attributes)
         )
         self._known[key] = names
+        if op_type in _AS_CHEAP and inputs[0] in self._cheap:
+            self._cheap.add(names[0])
         return names
+
+    def cheap(self, name: str) -> str:
+        """Say that a tensor is quickly computed again from what is kept anyway; returns it."""
+        self._cheap.add(name)
+        return name
 
     def zeros(self, *shape: int) -> str:
         """A float32 tensor of zeros that takes no room in the file."""
@@ -109,9 +120,15 @@ class GraphWriter:
         """Whether a node of this domain has been added."""
         return any(node.domain == domain for node in self._nodes)
 
-    def serialize(self, metadata: dict[str, str]) -> bytes:
-        """The graph as the bytes of an ONNX file, with `metadata` as its metadata entries."""
-        nodes = self._live_nodes([*self._nodes, *self._name_outputs()])
+    def serialize(self, metadata: dict[str, str], turn: str = "") -> bytes:
+        """The graph as the bytes of an ONNX file.
+
+        Args:
+            metadata: The file's metadata entries.
+            turn: The output that ends the forward half, if there is a backward one. What is
+                cheap is computed again for the latter: kept, it would lie in memory unread.
+        """
+        nodes = self._live_nodes([*self._compute_again(turn), *self._name_outputs()])
         used = {name for node in nodes for name in node.input}
         graph = helper.make_graph(
             nodes,
@@ -130,6 +147,26 @@ class GraphWriter:
         data: bytes = model.SerializeToString(deterministic=True)
         return data
 
+    def _compute_again(self, turn: str) -> list[onnx.NodeProto]:
+        """All nodes, and copies of the cheap ones where nodes behind `turn` read them first."""
+        last = {info.name: value for value, info in self._outputs}.get(turn, "")
+        forward = next((i for i, n in enumerate(self._nodes, 1) if last in n.output), None)
+        nodes, backward = self._nodes[:forward], self._nodes[forward:] if forward else []
+        makers = {name: node for node in nodes for name in node.output if name in self._cheap}
+        again: dict[str, str] = {}
+
+        def read(name: str) -> str:
+            if name in makers and name not in again:
+                again[name] = f"{name}_again"
+                inputs = [read(i) for i in makers[name].input]
+                nodes.append(_renamed(makers[name], inputs, [again[name]]))
+            return again.get(name, name)
+
+        for node in backward:
+            inputs = [read(name) for name in node.input]
+            nodes.append(_renamed(node, inputs, node.output))
+        return nodes
+
     def _name_outputs(self) -> Iterable[onnx.NodeProto]:
         return [helper.make_node("Identity", [v], [info.name]) for v, info in self._outputs]
 
@@ -146,3 +183,11 @@ class GraphWriter:
 def onnx_type(dtype: str) -> int:
     """ONNX's number for a numpy dtype name."""
     return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+
+def _renamed(node: onnx.NodeProto, inputs: Iterable[str], outputs: Iterable[str]) -> onnx.NodeProto:
+    """A copy with other inputs and outputs."""
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    copy.input[:], copy.output[:] = inputs, outputs
+    return copy
