@@ -1,4 +1,7 @@
 import hashlib
+import json
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -238,3 +241,37 @@ def test_a_folder_source_is_bounded_and_stays_inside(tmp_path):
     for name in ("../secret", "absent", "", ".."):
         with pytest.raises(NotFoundError):
             source.read(name, 10)
+
+
+WITHOUT_CRYPTOGRAPHY = """
+import sys
+from pathlib import Path
+sys.modules["cryptography"] = None  # importing it fails, as on a device, where it is not installed
+from fleetprune.errors import ConfigError
+from fleetprune_agent.state import read_root
+for name in sys.argv[1:]:
+    try:
+        read_root(Path(name))
+        print("trusted")
+    except ConfigError as e:
+        print(e)
+"""
+
+
+def test_signatures_are_verified_without_cryptography(tmp_path):
+    honest = json.loads(MemoryRepository().bootstrap)
+    forged = json.loads(json.dumps(honest))
+    forged["signed"]["expires"] = "2099-01-01T00:00:00Z"
+    for name, content in (("honest", honest), ("forged", forged)):
+        (tmp_path / name).write_text(json.dumps(content))
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_CRYPTOGRAPHY, tmp_path / "honest", tmp_path / "forged"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = done.stdout.splitlines()
+    assert first == "trusted"
+    assert second == (
+        f"root {tmp_path / 'forged'} is not signed root metadata: root was signed by 0/1 keys"
+    )
