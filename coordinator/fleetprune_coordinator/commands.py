@@ -8,6 +8,7 @@ import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -73,11 +74,21 @@ def serve(
     # Flower logs through a handler of its own: leave it only what is wrong.
     logging.getLogger("flwr").setLevel(logging.WARNING)
     stop = threading.Event()
+    signals: list[int] = []
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        signals.append(number)
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    summary = run(
-        load_fleet_config(config), stop=stop, events=events, until_released=until_released
-    )
+        signal.signal(number, on_signal)
+    fleet = load_fleet_config(config)
+    try:
+        summary = run(fleet, stop=stop, events=events, until_released=until_released)
+    except KeyboardInterrupt:
+        if signal.SIGINT in signals:
+            raise
+        raise typer.Exit from None  # SIGTERM is how a service is meant to be stopped
     if as_json:
         typer.echo(json.dumps(summary))
 

@@ -5,6 +5,7 @@ and let it go; a fleet's updates never lie in memory together.
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,6 +43,8 @@ class MqttGrid(TaskGrid):
         store: TaskStore,
         nodes: Callable[[], Mapping[str, int]],
         check_stop: Callable[[], None] = lambda: None,
+        *,
+        quorum: float = 1.0,
     ) -> None:
         """Listen to `hub`; starting it is the caller's.
 
@@ -51,9 +54,12 @@ class MqttGrid(TaskGrid):
             nodes: Gives node ids by device name.
             check_stop: Called now and then while waiting for answers; what it raises ends the
                 wait, and the tasks are left as they are.
+            quorum: Share of a round's tasks whose results are enough: the slow rest is then not
+                waited for.
         """
         super().__init__(nodes)
         self._hub, self._store, self._check_stop = hub, store, check_stop
+        self._quorum = quorum
         self._changed = threading.Condition()
         self._pending: dict[str, _Pending] = {}
         self._over: set[str] = set()
@@ -104,7 +110,7 @@ class MqttGrid(TaskGrid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
-        """Announce now; then yield replies as they come, until all have or time is up.
+        """Announce now; then yield replies as they come, until enough have or time is up.
 
         Args:
             messages: Instructions (`flower_messages.instruction`).
@@ -119,8 +125,10 @@ class MqttGrid(TaskGrid):
 
     def _replies(self, ids: list[str], deadline: float | None) -> Iterator[Message]:
         waiting = dict.fromkeys(ids)
+        wanted = math.ceil(self._quorum * len(ids) - 1e-9)
+        answers = 0
         try:
-            while waiting:
+            while waiting and answers < wanted:
                 ended = self._wait(waiting, deadline)
                 if not ended:
                     log.info("%d of %d tasks were not answered in time", len(waiting), len(ids))
@@ -129,6 +137,7 @@ class MqttGrid(TaskGrid):
                     del waiting[task]
                     reply = self._reply(task)
                     if reply is not None:
+                        answers += reply.has_content()
                         yield reply
         finally:
             self._hub.withdraw(ids)

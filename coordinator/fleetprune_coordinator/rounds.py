@@ -13,18 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from fleetprune.errors import FleetpruneError, MessageError
+from fleetprune.errors import FleetpruneError
 from fleetprune.layout import Architecture
-from fleetprune.messages import Blob, ResultHeader, Task, TaskKind
+from fleetprune.messages import Blob, Task, TaskKind
 from fleetprune.model_payload import encode_model
-from fleetprune.result import Result, decode_result
-from fleetprune.update import decode_update
-from fleetprune_coordinator.aggregate import Aggregate, MomentSums, StatisticsMean
+from fleetprune.result import decode_result
 from fleetprune_coordinator.cohort import choose
 from fleetprune_coordinator.config import TrainingConfig
 from fleetprune_coordinator.events import EventLog
 from fleetprune_coordinator.fleet_model import FleetModel, Tensors, initial_model, remask
 from fleetprune_coordinator.graph_library import GraphLibrary
+from fleetprune_coordinator.intake import Intake
 from fleetprune_coordinator.ledger import Ledger
 from fleetprune_coordinator.plan import Planner
 from fleetprune_coordinator.records import (
@@ -270,7 +269,7 @@ class Rounds:
         if opened is None:
             return {}
         key = _key(opened)
-        intake = _Intake(self._architecture, self.model, self.ledger)
+        intake = Intake(self._architecture, self.model, self.ledger)
         tasks = {
             record.task.task: record.task
             for record in self._registry.tasks(key.number, key.phase, step=key.step)
@@ -298,14 +297,14 @@ class Rounds:
             self._events.emit("remask", round=key.number, mask_version=mask.version)
         return metrics | {"phase": key.phase.value, "round": key.number, "step": key.step}
 
-    def _apply(self, key: RoundKey, intake: "_Intake") -> MaskRecord | None:
+    def _apply(self, key: RoundKey, intake: Intake) -> MaskRecord | None:
         """Move the state on; the new mask's record if the units were put in a new order."""
         model = self.model
         self._calibrated = False
         deltas, _ = intake.aggregate.result()
         params = {name: model.params[name] + delta for name, delta in deltas.items()}
         stats = intake.statistics()
-        if key.phase is Phase.CALIBRATE:
+        if key.phase is Phase.CALIBRATE and intake.answers:
             moved = _largest_move(model.stats, stats)
             self._calibrated = moved < CALIBRATED
             log.info("calibration step %d moved a mean by %.2g sd", key.step, moved)
@@ -350,86 +349,6 @@ class Rounds:
             ledger=self.ledger.arrays(),
             extra={"calibrated": np.array([self._calibrated])},
         )
-
-
-class _Intake:
-    """What the answers of one round add up to."""
-
-    def __init__(self, architecture: Architecture, model: FleetModel, ledger: Ledger) -> None:
-        self._architecture = architecture
-        self._model = model
-        self._ledger = ledger
-        self.aggregate = Aggregate(architecture, model.shapes)
-        self._trained = {n: StatisticsMean(architecture, k) for n, k in model.shapes.items()}
-        self._moments = {n: MomentSums(architecture, k) for n, k in model.shapes.items()}
-        self._done: set[str] = set()
-        self._loss = self._weight = 0.0
-        self._right: dict[str, list[int]] = {}
-        self.refused = 0
-
-    def add(self, result: Result, tasks: Mapping[str, Task], samples: Mapping[str, int]) -> None:
-        """Add one answer; nothing is added to the weights when it raises."""
-        header = result.header
-        task = self._match(header, tasks)
-        keep = self._model.shapes[task.shape]
-        # A device's own word decides its weight, so it is bounded by what it enrolled with.
-        weight = min(header.samples, max(1, samples.get(task.device, 1)))
-        vectors = result.vectors
-        if task.kind is TaskKind.TRAIN:
-            size = self.aggregate.size(task.shape)
-            if result.update is None:
-                raise MessageError(f"answer to {task.task} has no update, expected {size} values")
-            update = decode_update(result.update, mask_version=task.mask_version, size=size)
-            if "stats" in vectors:
-                self._trained[task.shape].add(vectors["stats"], weight)
-            if "taylor" in vectors and header.steps:
-                self._ledger.add_taylor(keep, vectors["taylor"], header.steps, weight)
-            self.aggregate.add(task.shape, update.dense(), weight)
-            if header.loss is not None:
-                self._loss += weight * header.loss
-                self._weight += weight
-        else:
-            if "bn_sum" in vectors:
-                sums = (vectors[name] for name in ("bn_sum", "bn_sumsq", "bn_count"))
-                self._moments[task.shape].add(*sums)
-            if "sumsq" in vectors:
-                self._ledger.add_sumsq(keep, vectors["sumsq"], header.samples)
-            if header.correct is not None:
-                right = self._right.setdefault(task.shape, [0, 0])
-                right[0] += min(header.correct, header.samples)
-                right[1] += header.samples
-        self._done.add(task.task)
-
-    def _match(self, header: ResultHeader, tasks: Mapping[str, Task]) -> Task:
-        task = tasks.get(header.task)
-        if task is None:
-            raise MessageError(f"answer to {header.task}, which is not a task of this round")
-        if header.task in self._done:
-            raise MessageError(f"answer to {header.task} came twice; the first one stands")
-        said = (header.device, header.kind, header.round, header.mask_version)
-        asked = (task.device, task.kind, task.round, task.mask_version)
-        if said != asked:
-            raise MessageError(
-                f"answer to {header.task} says device, kind, round, mask version "
-                f"{', '.join(map(str, said))}, expected {', '.join(map(str, asked))}"
-            )
-        return task
-
-    def statistics(self) -> dict[str, Tensors]:
-        """Per class its new BatchNorm statistics; the old ones where nothing was reported."""
-        return {
-            name: self._trained[name].result() or self._moments[name].result() or dict(old)
-            for name, old in self._model.stats.items()
-        }
-
-    def metrics(self) -> dict[str, Any]:
-        """Counts and means for people."""
-        return {
-            "answers": len(self._done),
-            "refused": self.refused,
-            "loss": round(self._loss / self._weight, 5) if self._weight else None,
-            "accuracy": {name: round(r / n, 4) for name, (r, n) in self._right.items()},
-        }
 
 
 def _key(record: RoundRecord) -> RoundKey:

@@ -116,6 +116,7 @@ class Server:
             self._registry,
             lambda: {d.name: d.id for d in self._registry.devices()},
             self.check_stop,
+            quorum=config.training.quorum,
         )
         try:
             run_app(app, grid)
@@ -170,6 +171,8 @@ class Server:
             **fields,
         )
         self._last = now
+        # A training may last longer than signed metadata live, and devices look at both.
+        self._coordinator.repository.refresh_timestamp()
         self.check_stop()
 
     def count_traffic(self, round_: int) -> tuple[int, int]:

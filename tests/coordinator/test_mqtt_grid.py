@@ -29,8 +29,8 @@ def fleet(request):
 class Site:
     """Hub, grid and devices of one test."""
 
-    def __init__(self, settings, folder, fleet, store, check_stop=lambda: None):
-        self.check_stop = check_stop
+    def __init__(self, settings, folder, fleet, store, check_stop=lambda: None, quorum=1.0):
+        self.check_stop, self.quorum = check_stop, quorum
         self.settings, self.folder, self.fleet, self.store = settings, folder, fleet, store
         self.stack = ExitStack()
 
@@ -40,7 +40,7 @@ class Site:
         hub.start()
         self.stack.callback(hub.stop)
         hub.connection.wait_connected(10)
-        self.grid = MqttGrid(hub, self.store, lambda: NODES, self.check_stop)
+        self.grid = MqttGrid(hub, self.store, lambda: NODES, self.check_stop, quorum=self.quorum)
         self.stack.callback(self.grid.close)
         return self
 
@@ -220,3 +220,13 @@ def test_a_round_goes_on_after_the_broker_was_killed(restartable, tmp_path):  # 
         time.sleep(0.2)
         restartable.start()
         assert [read_result(r) for r in replies] == [b"result of t1"]
+
+
+def test_a_quorum_does_not_wait_for_the_rest(broker, fleet, tmp_path):  # noqa: F811
+    store = MemoryStore()
+    asked = [task(f"t{i}", f"d{i}") for i in (1, 2, 3)]
+    with Site(broker.settings, tmp_path, fleet, store, quorum=2 / 3) as site:
+        site.device("d1")
+        site.device("d2")  # and d3 never comes
+        replies = list(site.grid.send_and_receive(messages(store, *asked), timeout=60))
+        assert sorted(r.metadata.src_node_id for r in replies) == [101, 102]

@@ -1,0 +1,105 @@
+"""What the answers of one round add up to: weights, statistics, scores, accuracy."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fleetprune.errors import MessageError
+from fleetprune.layout import Architecture
+from fleetprune.messages import ResultHeader, Task, TaskKind
+from fleetprune.result import Result
+from fleetprune.update import decode_update
+from fleetprune_coordinator.aggregate import Aggregate, MomentSums, StatisticsMean
+from fleetprune_coordinator.fleet_model import FleetModel, Tensors
+from fleetprune_coordinator.ledger import Ledger
+
+
+class Intake:
+    """Adds up the answers to one round's tasks; each is checked against the task first."""
+
+    def __init__(self, architecture: Architecture, model: FleetModel, ledger: Ledger) -> None:
+        """Begin a round.
+
+        Args:
+            architecture: The model's description.
+            model: The state that the round's tasks were made from; not changed.
+            ledger: Takes in scores and activation sums as they come.
+        """
+        self._architecture = architecture
+        self._model = model
+        self._ledger = ledger
+        self.aggregate = Aggregate(architecture, model.shapes)
+        self._trained = {n: StatisticsMean(architecture, k) for n, k in model.shapes.items()}
+        self._moments = {n: MomentSums(architecture, k) for n, k in model.shapes.items()}
+        self._done: set[str] = set()
+        self._loss = self._weight = 0.0
+        self._right: dict[str, list[int]] = {}
+        self.refused = 0
+
+    @property
+    def answers(self) -> int:
+        """How many answers were added."""
+        return len(self._done)
+
+    def add(self, result: Result, tasks: Mapping[str, Task], samples: Mapping[str, int]) -> None:
+        """Add one answer; nothing is added to the weights when it raises."""
+        header = result.header
+        task = self._match(header, tasks)
+        keep = self._model.shapes[task.shape]
+        # A device's own word decides its weight, so it is bounded by what it enrolled with.
+        weight = min(header.samples, max(1, samples.get(task.device, 1)))
+        vectors = result.vectors
+        if task.kind is TaskKind.TRAIN:
+            size = self.aggregate.size(task.shape)
+            if result.update is None:
+                raise MessageError(f"answer to {task.task} has no update, expected {size} values")
+            update = decode_update(result.update, mask_version=task.mask_version, size=size)
+            if "stats" in vectors:
+                self._trained[task.shape].add(vectors["stats"], weight)
+            if "taylor" in vectors and header.steps:
+                self._ledger.add_taylor(keep, vectors["taylor"], header.steps, weight)
+            self.aggregate.add(task.shape, update.dense(), weight)
+            if header.loss is not None:
+                self._loss += weight * header.loss
+                self._weight += weight
+        else:
+            if "bn_sum" in vectors:
+                sums = (vectors[name] for name in ("bn_sum", "bn_sumsq", "bn_count"))
+                self._moments[task.shape].add(*sums)
+            if "sumsq" in vectors:
+                self._ledger.add_sumsq(keep, vectors["sumsq"], header.samples)
+            if header.correct is not None:
+                right = self._right.setdefault(task.shape, [0, 0])
+                right[0] += min(header.correct, header.samples)
+                right[1] += header.samples
+        self._done.add(task.task)
+
+    def _match(self, header: ResultHeader, tasks: Mapping[str, Task]) -> Task:
+        task = tasks.get(header.task)
+        if task is None:
+            raise MessageError(f"answer to {header.task}, which is not a task of this round")
+        if header.task in self._done:
+            raise MessageError(f"answer to {header.task} came twice; the first one stands")
+        said = (header.device, header.kind, header.round, header.mask_version)
+        asked = (task.device, task.kind, task.round, task.mask_version)
+        if said != asked:
+            raise MessageError(
+                f"answer to {header.task} says device, kind, round, mask version "
+                f"{', '.join(map(str, said))}, expected {', '.join(map(str, asked))}"
+            )
+        return task
+
+    def statistics(self) -> dict[str, Tensors]:
+        """Per class its new BatchNorm statistics; the old ones where nothing was reported."""
+        return {
+            name: self._trained[name].result() or self._moments[name].result() or dict(old)
+            for name, old in self._model.stats.items()
+        }
+
+    def metrics(self) -> dict[str, Any]:
+        """Counts and means for people."""
+        return {
+            "answers": self.answers,
+            "refused": self.refused,
+            "loss": round(self._loss / self._weight, 5) if self._weight else None,
+            "accuracy": {name: round(r / n, 4) for name, (r, n) in self._right.items()},
+        }
