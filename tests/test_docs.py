@@ -10,8 +10,11 @@ from pathlib import Path
 import click
 import pytest
 import typer
+from pydantic import BaseModel
 
 from fleetprune.cli import SUB_COMMANDS
+from fleetprune.config_file import _models_in
+from fleetprune.mqtt import BrokerSettings
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -116,6 +119,36 @@ def test_python_examples_compile():
     assert blocks("python")
     for page, text in blocks("python"):
         compile(text, page, "exec")
+
+
+def keys(section: type[BaseModel]) -> Iterator[str]:
+    """Names of all settings of a section and of the sections in it."""
+    for key, field in section.model_fields.items():
+        inner = list(_models_in(field.annotation))
+        if not inner:
+            yield key
+        for model in inner:
+            yield from keys(model)
+
+
+def test_every_setting_is_documented():
+    pytest.importorskip("torch")
+    from fleetprune_agent.config import AgentConfig  # noqa: PLC0415
+    from fleetprune_coordinator.config import FleetConfig  # noqa: PLC0415
+
+    text = (ROOT / "docs/bring-your-own.md").read_text()
+    tables = {
+        "fleet.toml": text.partition("\n## `fleet.toml`")[2].partition("\n## `agent.toml`")[0],
+        "agent.toml": text.partition("\n## `agent.toml`")[2],
+    }
+    for file, section in (("fleet.toml", FleetConfig), ("agent.toml", AgentConfig)):
+        rows = re.findall(r"^\| (`.*?) \|", tables[file], re.MULTILINE)
+        said = {key.rpartition(".")[2] for row in rows for key in re.findall(r"`(.+?)`", row)}
+        wanted = set(keys(section))
+        if file == "agent.toml":  # its broker is that of fleet.toml, and says so
+            assert "broker" in said
+            wanted -= set(BrokerSettings.model_fields)
+        assert sorted(wanted - said) == [], file
 
 
 def test_the_readmes_files_fit_together(tmp_path):

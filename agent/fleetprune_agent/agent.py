@@ -60,6 +60,7 @@ RETRY: Final = Backoff(first_s=5.0, most_s=300.0)  # of jobs that found nobody a
 SPREAD_S: Final = 2.0  # an announcement reaches the whole fleet in one moment
 QUIET_S: Final = 5.0  # between two looks for a release, however many are announced
 POLL_S: Final = 1.0  # between looks at the stop event
+INBOX: Final = 64  # messages that wait to be acted upon: a flood must not take the memory
 END_S: Final = 20.0  # for what is under way when the agent is told to stop
 
 _DOWN: Final = ("enrolled", "task", *KINDS)
@@ -141,7 +142,7 @@ class Agent:
         repository = TrustedRepository(state / "trust", root, self._client, self._now)
         graphs = Graphs(threads=config.threads, folder=state / "graphs")
         worker = Worker(
-            WorkerSettings(config.device, config.trains),
+            WorkerSettings(config.device, config.trains, config.max_task_s),
             self._split.train,
             graphs,
             OnDisk(state / "answers.bin"),
@@ -203,8 +204,10 @@ class Agent:
         kind = topic.rsplit("/", 1)[-1]
         if kind in KINDS:
             self._client.feed(kind, payload)
-        else:
+        elif self._events.qsize() < INBOX:
             self._events.put((kind, payload))
+        else:
+            log.warning("%d messages are waiting: one on %s is dropped", INBOX, kind)
 
     # This thread.
 

@@ -1,6 +1,7 @@
 """`fleetprune agent`: run, check, predict, status."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,11 @@ from fleetprune.errors import DataError, FleetpruneError
 from fleetprune_agent.config import AgentConfig, CsvData, load_config
 from fleetprune_agent.process import become
 
-app = typer.Typer(no_args_is_help=True, help="Train, install and run models on this device.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Train, install and run models on this device.",
+)
 
 ConfigOption = Annotated[
     Path, typer.Option("--config", "-c", help="The agent's configuration (TOML).")
@@ -40,6 +45,7 @@ def check(config: ConfigOption) -> int:
     Exit codes: 0 all is well; 1 something is not.
     """
     settings = load_config(config)
+    logging.getLogger("fleetprune").setLevel(logging.ERROR)  # each attempt; the line says it once
     typer.echo(f"ok    configuration  {settings.device} of class {settings.device_class}")
     checks: dict[str, Callable[[AgentConfig], str]] = {
         "data": _check_data,
@@ -149,8 +155,13 @@ def _read_input(path: Path, settings: AgentConfig) -> NDArray[np.float32]:
     if path.suffix == ".npy":
         try:
             x = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as e:
-            raise DataError(f"{path}: cannot be read as .npy") from e
+        except OSError as e:
+            raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e
+        except (ValueError, EOFError) as e:
+            raise DataError(
+                f"{path}: not a plain .npy file, or it holds pickled Python objects, which are "
+                "refused: save it with numpy.save and a numeric array"
+            ) from e
         return checked(x, None, lambda i: f"{path} index {i}", str(path)).x
     raise DataError(f"{path}: expected a file .npy, .npz or .csv")
 
@@ -181,9 +192,10 @@ def status(config: ConfigOption, as_json: JsonOption = False) -> int:
         return 0
     report = content.pop("last_report")
     for key, value in content.items():
-        typer.echo(f"{key.replace('_', ' '):14} {'-' if value is None else value}")
+        typer.echo(f"{key.replace('_', ' '):15}  {'-' if value is None else value}")
     if isinstance(report, dict):
         for key in ("accuracy", "latency_ms", "rss_mb", "error"):
-            if report.get(key) not in {None, ""}:
-                typer.echo(f"{'last ' + key:14} {report[key]}")
+            if (value := report.get(key)) not in {None, ""}:
+                shown = f"{value:.3g}" if isinstance(value, float) else value
+                typer.echo(f"{'last ' + key:15}  {shown}")
     return 0

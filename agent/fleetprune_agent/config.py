@@ -70,6 +70,8 @@ class AgentConfig(Section):
     """False: only forward passes, for devices too small to train."""
     threads: int = Field(default=1, ge=1, le=64)
     """Threads of onnxruntime."""
+    max_task_s: float = Field(default=3600.0, gt=0)
+    """Seconds of work on one task; what takes longer is refused. Nobody signs a task."""
     telemetry_s: float = Field(default=900.0, gt=0)
     """Seconds between two reports."""
     refresh_s: float = Field(default=3600.0, gt=0)

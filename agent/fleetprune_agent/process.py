@@ -35,6 +35,7 @@ def become(config: Path, *, debug: bool = False) -> NoReturn:
 def work(config: Path) -> int:
     """Run the agent until SIGTERM or SIGINT; returns its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.getLogger("tuf").setLevel(logging.WARNING)  # its notes explain nothing to an operator
     settings = load_config(config)
     stop = threading.Event()
 

@@ -191,7 +191,8 @@ class Predictor:
 def _checked(x: NDArray[np.float32], manifest: Manifest) -> NDArray[np.float32]:
     x = np.ascontiguousarray(x, dtype=np.float32)
     if x.shape[1:] != manifest.input_shape or x.ndim == 0 or len(x) == 0:
-        raise DataError(f"input has shape {x.shape}, expected (n, *{manifest.input_shape}), n >= 1")
+        want = ", ".join(map(str, ("n", *manifest.input_shape)))
+        raise DataError(f"input has shape {x.shape}, expected ({want}), n >= 1")
     bad = int(np.count_nonzero(~np.isfinite(x)))
     if bad:
         raise DataError(f"input has {bad} of {x.size} values that are not finite")

@@ -66,7 +66,7 @@ def read_root(path: Path) -> bytes:
     except OSError as e:
         raise ConfigError(
             f"root {path} cannot be read ({e.strerror}): "
-            "copy root.json of the fleet's release repository there"
+            "copy public/metadata/1.root.json of the fleet's release repository there"
         ) from e
     if len(data) > MAX_ROOT:
         raise ConfigError(f"root {path} has more than {MAX_ROOT} bytes")

@@ -39,6 +39,7 @@ from fleetprune.files import (
 )
 from fleetprune.messages import MAX_MESSAGE, Manifest
 
+_OTHER_ROOT = " that this device's root of trust names: is it the root.json of this fleet?"
 MAX_MANIFEST = MAX_MESSAGE // 2  # bytes; a slot's record holds the manifest and must fit a message
 
 
@@ -315,6 +316,8 @@ def _tuf_errors(now: datetime) -> Iterator[None]:
         clock = now.strftime("%Y-%m-%d %H:%M:%S")
         raise TrustError(f"release repository: {e}, this device's clock says {clock} UTC") from e
     except (tuf_errors.RepositoryError, tuf_errors.DownloadLengthMismatchError) as e:
-        raise TrustError(f"release repository: {' '.join(str(e).split())}") from e
+        # The commonest cause is harmless: a device that was given another fleet's root.
+        hint = _OTHER_ROOT if isinstance(e, tuf_errors.UnsignedMetadataError) else ""
+        raise TrustError(f"release repository: {' '.join(str(e).split())}{hint}") from e
     except tuf_errors.DownloadError as e:
         raise TransportError(f"release repository: {e}") from e

@@ -5,10 +5,11 @@ targets over MQTT, or memory) and where answers are kept (`feedback.OnDisk`, `fe
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,9 @@ from fleetprune_agent.observer import observe
 from fleetprune_agent.sessions import Graph, Graphs, require_finite
 from fleetprune_agent.trainer import log_frequencies, never, train
 from fleetprune_agent.trust import SignedFile
+
+FRAME_BYTES: Final = 64 * 1024
+"""Bytes of a model's frame beside its values."""
 
 
 class TaskSource(Protocol):
@@ -56,6 +60,9 @@ class WorkerSettings:
     device: str
     trains: bool = True
     """False: training tasks are refused."""
+    max_task_s: float = math.inf
+    """Seconds of training or observing after which a task is refused: a task is not signed, and
+    what it asks for must not cost more than that."""
 
 
 class Worker:
@@ -167,6 +174,10 @@ class Worker:
         return graph
 
     def _payload(self, task: Task, source: TaskSource, graph: Graph) -> ModelPayload:
+        meta = graph.meta
+        most = 4 * (meta.parameters + meta.statistics) + FRAME_BYTES
+        if task.model.size > most:  # before it is fetched: it would fill the disk
+            raise WireError(f"model of {task.model.size} bytes, expected at most {most}")
         data = source.model(task.model)
         got = (hashlib.sha256(data).hexdigest(), len(data))
         if got != (task.model.sha256, task.model.size):
@@ -174,7 +185,6 @@ class Worker:
                 f"model of {got[1]} bytes with SHA-256 {got[0]}, "
                 f"expected {task.model.size} bytes with {task.model.sha256}"
             )
-        meta = graph.meta
         payload = decode_model(data, parameters=meta.parameters, statistics=meta.statistics)
         if (payload.mask_version, payload.round) != (task.mask_version, task.round):
             raise WireError(
@@ -203,7 +213,7 @@ class Worker:
             rng=choice,
             proximal=task.proximal,
             prior=self._prior(graphs[0]),
-            stopped=self._stopped,
+            stopped=self._watch(task, started),
         )
         seconds = self._clock() - started
         with np.errstate(over="ignore", invalid="ignore"):  # refused on the next line but one
@@ -218,6 +228,18 @@ class Worker:
         answer = encode_result(header, sections, update)
         return memory.left_out(task.mask_version, task.shape, left_out), answer
 
+    def _watch(self, task: Task, started: float) -> Callable[[], bool]:
+        """Whether to stop; DataError when the task has had its time."""
+
+        def stopped() -> bool:
+            if self._clock() - started > self.settings.max_task_s:
+                raise DataError(
+                    f"task {task.task} takes longer than max_task_s = {self.settings.max_task_s:g}"
+                )
+            return self._stopped()
+
+        return stopped if self.settings.max_task_s < math.inf else self._stopped
+
     def _prior(self, graph: Graph) -> NDArray[np.float32] | None:
         """The device's label frequencies, for graphs that adjust logits."""
         if not graph.meta.classes or self.samples.y is None:
@@ -226,7 +248,7 @@ class Worker:
 
     def _observe(self, task: Task, graph: Graph, payload: ModelPayload, started: float) -> bytes:
         batches = Batches(self.samples.x, self.samples.y, graph.meta.batch or 1)
-        seen = observe(graph.session, payload, batches, self._stopped)
+        seen = observe(graph.session, payload, batches, self._watch(task, started))
         header = self._header(task, self._clock() - started, correct=seen.correct)
         return encode_result(header, seen.sums, None)
 

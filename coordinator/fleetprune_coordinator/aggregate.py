@@ -119,18 +119,22 @@ class StatisticsMean:
         self._sum = np.zeros(self._layout.size)
         self._weight = 0.0
 
+    def check(self, stats: NDArray[np.float32]) -> None:
+        """Refuse another length, a value that is not finite, or a negative variance (WireError)."""
+        check_vector(stats, self._layout.size, "statistics")
+        for name, values in self._layout.split(stats).items():
+            if name.endswith("running_var") and values.size and values.min() < 0:
+                raise WireError(f"statistics: {name} has a negative variance {values.min()}")
+
     def add(self, stats: NDArray[np.float32], weight: float) -> None:
         """Add one device's (S,) statistics.
 
         Raises:
             UsageError: `weight` is not positive and finite.
-            WireError: Another length, a value that is not finite, or a negative variance.
+            WireError: What `check` refuses.
         """
         check_weight(weight)
-        check_vector(stats, self._layout.size, "statistics")
-        for name, values in self._layout.split(stats).items():
-            if name.endswith("running_var") and values.size and values.min() < 0:
-                raise WireError(f"statistics: {name} has a negative variance {values.min()}")
+        self.check(stats)
         self._sum += np.multiply(stats, weight, dtype=np.float64)
         self._weight += weight
 
@@ -194,6 +198,21 @@ class MomentSums:
         width = sum(self._channels)
         self._sum, self._squares, self._count = np.zeros(width), np.zeros(width), np.zeros(width)
 
+    def check(
+        self,
+        bn_sum: NDArray[np.float32],
+        bn_sumsq: NDArray[np.float32],
+        bn_count: NDArray[np.float32],
+    ) -> None:
+        """Refuse another length, or values that no samples can have (WireError)."""
+        check_vector(bn_sum, self._sum.size, "bn_sum")
+        check_vector(bn_sumsq, self._sum.size, "bn_sumsq")
+        check_vector(bn_count, len(self._channels), "bn_count")
+        if bn_count.size and bn_count.min() < 1:
+            raise WireError(f"bn_count: {bn_count.min()}, expected at least 1")
+        if bn_sumsq.size and bn_sumsq.min() < 0:
+            raise WireError(f"bn_sumsq: {bn_sumsq.min()}, expected at least 0")
+
     def add(
         self,
         bn_sum: NDArray[np.float32],
@@ -208,15 +227,9 @@ class MomentSums:
             bn_count: (number of BatchNorms,) values per channel, at least 1.
 
         Raises:
-            WireError: Another length, or values that no samples can have.
+            WireError: What `check` refuses.
         """
-        check_vector(bn_sum, self._sum.size, "bn_sum")
-        check_vector(bn_sumsq, self._sum.size, "bn_sumsq")
-        check_vector(bn_count, len(self._channels), "bn_count")
-        if bn_count.size and bn_count.min() < 1:
-            raise WireError(f"bn_count: {bn_count.min()}, expected at least 1")
-        if bn_sumsq.size and bn_sumsq.min() < 0:
-            raise WireError(f"bn_sumsq: {bn_sumsq.min()}, expected at least 0")
+        self.check(bn_sum, bn_sumsq, bn_count)
         self._sum += bn_sum
         self._squares += bn_sumsq
         self._count += np.repeat(bn_count, self._channels)

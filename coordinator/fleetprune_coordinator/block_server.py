@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 MAX_PUT = 64 * 1024 * 1024  # bytes; an fp32 update of 16 million parameters
 OPEN_FILES = 32  # files kept open between requests: the current models, graphs and releases
 SPOOL_S = 7 * 24 * 3600.0  # no round lasts a week: what is older is nobody's upload any more
+DEVICE_SPOOLS = 4  # uploads of one device on disk; an agent has one under way at a time
 OPEN_SPOOLS = 64  # uploads kept open; more are reopened from disk, which reads them once
 
 
@@ -211,8 +212,8 @@ class BlockServer:
 
     def _part(self, device: str, put: Put) -> PartFile:
         """The part file of (device, name); another content under that name replaces it."""
-        key = hashlib.sha256(f"{device}\n{put.name}".encode()).hexdigest()[:32]
-        path = self._spool / f"{key}.part"
+        owner, key = _key(device), _key(f"{device}\n{put.name}")
+        path = self._spool / f"{owner}{key}.part"
         part = self._spools.get(path)
         same = (put.size, put.sha256, put.block_size)
         if part is not None and (part.size, part.sha256, part.block_size) == same:
@@ -220,10 +221,27 @@ class BlockServer:
             return part
         if part is not None:
             part.close()
+        self._tidy(owner, path)
         part = self._spools[path] = PartFile(path, put.size, put.sha256, put.block_size)
         if len(self._spools) > OPEN_SPOOLS:
             self._spools.popitem(last=False)[1].close()
         return part
+
+    def _tidy(self, owner: str, keep: Path) -> None:
+        """Of a device's uploads that were begun, the oldest go."""
+        with storage_errors("tidy", self._spool):
+            parts = [p for p in self._spool.glob(f"{owner}*.part") if p != keep]
+            parts.sort(key=lambda p: p.stat().st_mtime_ns, reverse=True)
+            for old in parts[DEVICE_SPOOLS - 1 :]:
+                known = self._spools.pop(old, None)
+                if known is not None:
+                    known.close()
+                old.with_name(f"{old.name}.map").unlink(missing_ok=True)
+                old.unlink(missing_ok=True)
+
+
+def _key(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _progress(put: Put, have: Iterable[int], edition: int) -> bytes:

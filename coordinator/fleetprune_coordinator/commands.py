@@ -12,12 +12,16 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fleetprune.errors import ConfigError
 from fleetprune_coordinator.config import FleetConfig, load_fleet_config
 
-app = typer.Typer(no_args_is_help=True, help="Run a fleet's rounds and releases.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Run a fleet's rounds and releases."
+)
 
 Config = Annotated[
     Path, typer.Option("--config", "-c", help="The fleet's description.", show_default=True)
@@ -107,7 +111,11 @@ def status(config: Config = FLEET_TOML, *, as_json: Json = False) -> None:
         f"{fleet.fleet}: round {rounds['closed']} of {rounds['of']}"
         f"{', one is open' if rounds['open'] else ''}; release {state['release']}"
     )
-    table = Table("device", "class", "online", "release", "state", "accuracy", "latency ms", "MB")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("device", "class", "online", "release", "state"):
+        table.add_column(heading, no_wrap=True, overflow="ellipsis")
+    for heading in ("accuracy", "latency ms", "MB"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for d in state["devices"]:
         table.add_row(
             d["device"],
@@ -124,7 +132,12 @@ def status(config: Config = FLEET_TOML, *, as_json: Json = False) -> None:
 def _status(fleet: FleetConfig) -> dict[str, Any]:
     from fleetprune_coordinator.records import Phase, RoundState  # noqa: PLC0415
     from fleetprune_coordinator.registry import Registry  # noqa: PLC0415
+    from fleetprune_coordinator.store import DATABASE  # noqa: PLC0415
 
+    if not (fleet.state / DATABASE).exists():
+        raise ConfigError(
+            f"{fleet.state} holds no registry yet: `fleetprune coordinator serve` makes it"
+        )
     with Registry.open(fleet.state, time.time, read_only=True) as registry:
         rounds = registry.rounds()
         last = {t.node_id: t.telemetry for t in registry.latest_telemetry()}

@@ -15,7 +15,7 @@ from fleetprune.budgets import Allocation, Budget
 from fleetprune.config_file import LocalPath, Section, load_section
 from fleetprune.costs import Costs
 from fleetprune.errors import ConfigError
-from fleetprune.messages import Codec, Name
+from fleetprune.messages import MAX_DEADLINE_S, Codec, Name
 from fleetprune.mqtt import BrokerSettings
 from fleetprune.schedule import PolynomialDecay
 from fleetprune_coordinator.imports import import_object
@@ -89,7 +89,7 @@ class TrainingConfig(Section):
     down_codec: Codec = Codec.FP16
     top_k: Share = 1.0
     """Share of values that a device sends."""
-    round_timeout_s: float = Field(default=120.0, gt=0)  # seconds
+    round_timeout_s: float = Field(default=120.0, gt=0, le=MAX_DEADLINE_S)  # seconds
     quorum: Share = 1.0
     """Share of answers that closes a round before its timeout."""
     remask_every: int = Field(default=5, ge=0)
@@ -106,12 +106,18 @@ class TrainingConfig(Section):
     is not unlearned; with `cross_entropy` only."""
     distill_weight: float = Field(default=1.0, ge=0)
     """Of what a class's model teaches the narrower one inside it; 0: classes train alone."""
+    student_task_weight: float = Field(default=0.5, ge=0)
+    """Of what the labels teach the narrower model directly."""
     mutual_weight: float = Field(default=0.5, ge=0)
     """Of what the narrower model teaches back."""
     calibration_passes: int = Field(default=8, ge=0)
     calibrate_with: Literal["class", "covering"] = "covering"
     """Whose samples a class's statistics come from: its own devices', or also those of every
     device whose model contains the class's."""
+    outlier: float = Field(default=10.0, ge=0)
+    """How many times the median device one device may be: an answer's weight is cut to so many
+    times the median of the samples in its round, the norm of an update to so many times the
+    median of its class in the round before, and to that of the model; 0: no bound."""
     seed: int = Field(default=0, ge=0)
     stratified: bool = True
     """Draw from every class in turn instead of from the whole fleet."""

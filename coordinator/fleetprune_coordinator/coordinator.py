@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import math
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,6 +32,7 @@ from fleetprune_coordinator.registry import Registry
 from fleetprune_coordinator.releases import ReleaseContent, ReleaseRepository
 from fleetprune_coordinator.resize import read
 from fleetprune_coordinator.rounds import Rounds
+from fleetprune_coordinator.snapshot import Snapshot, Tensors
 from fleetprune_coordinator.tracing import trace
 
 log = logging.getLogger(__name__)
@@ -113,6 +115,7 @@ class Coordinator:
                 momentum=config.training.momentum,
                 weight_decay=config.training.weight_decay,
                 distill_weight=config.training.distill_weight,
+                student_task_weight=config.training.student_task_weight,
                 mutual_weight=config.training.mutual_weight,
                 prior=config.training.adjust_logits and config.model.loss == "cross_entropy",
             ),
@@ -128,7 +131,12 @@ class Coordinator:
             run=self.registry.run,
         )
         params, stats = read(self.network)
-        self.rounds.start(params, stats, trained=config.model.initial is not None)
+        try:
+            _check_continues(self.registry.latest_snapshot(), params, config)
+            self.rounds.start(params, stats, trained=config.model.initial is not None)
+        except BaseException:
+            self.registry.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -246,10 +254,34 @@ def load_model(config: FleetConfig) -> nn.Module:
     if (path := config.model.initial) is not None:
         try:
             model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except (pickle.UnpicklingError, EOFError, OSError) as e:
+            raise ConfigError(
+                f"model.initial {path} is no state_dict of tensors alone: save it with "
+                "torch.save(model.state_dict(), path)"
+            ) from e
         except Exception as e:
-            first = str(e).splitlines()[0]
-            raise ConfigError(f"model.initial {path} does not fit the model: {first}") from e
+            lines = str(e).splitlines()  # the first only says which class it was loaded into
+            what = lines[1 if len(lines) > 1 else 0].strip()
+            raise ConfigError(f"model.initial {path} does not fit the model: {what}") from e
     return model
+
+
+def _check_continues(snapshot: Snapshot | None, params: Tensors, config: FleetConfig) -> None:
+    """ConfigError if the fleet's state is another model's, or that of other device classes."""
+    if snapshot is None:
+        return
+    before = {name: value.shape for name, value in snapshot.params.items()}
+    if before != {name: value.shape for name, value in params.items()}:
+        raise ConfigError(
+            f"{config.state} holds the training of another model than {config.model.factory} with "
+            "these arguments: give this one another `state`"
+        )
+    if set(snapshot.stats) != set(config.classes):
+        raise ConfigError(
+            f"{config.state} holds the training of classes {', '.join(sorted(snapshot.stats))}, "
+            f"but fleet.toml has {', '.join(sorted(config.classes))}: go back, or give these "
+            "another `state`"
+        )
 
 
 def _traced(model: nn.Module, example: torch.Tensor, config: FleetConfig) -> Architecture:
@@ -282,6 +314,12 @@ def _test_set(config: FleetConfig) -> TestSet | None:
         raise ConfigError(
             f"data.test {path}: x of shape {x.shape} and y of {y.shape}, "
             f"expected (n, {', '.join(map(str, config.model.input_shape))}) and (n,)"
+        )
+    if not np.isfinite(x).all():
+        raise ConfigError(f"data.test {path}: x has values that are not finite")
+    if y.min() < 0 or y.max() >= config.model.outputs:
+        raise ConfigError(
+            f"data.test {path}: labels {y.min()}..{y.max()}, expected 0..{config.model.outputs - 1}"
         )
     return TestSet(x, y)
 

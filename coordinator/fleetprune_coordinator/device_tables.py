@@ -9,6 +9,7 @@ from fleetprune_coordinator.records import DeviceRecord, TelemetryRecord, Traffi
 from fleetprune_coordinator.store import Store
 
 FIRST_NODE_ID = 2  # Flower keeps 1 for its own SuperLink
+KEPT_REPORTS = 3000  # per device: a month of one each 15 minutes; more is a flood
 
 _DEVICES = """
     SELECT d.*, d.trains AND c.trains AS does_train
@@ -110,11 +111,20 @@ class DeviceTables(Store):
         return int(row["id"])
 
     def record_telemetry(self, telemetry: Telemetry) -> None:
-        """Store a device's report; RegistryError if it is not enrolled."""
+        """Store a device's report, the oldest beyond `KEPT_REPORTS` go.
+
+        Raises:
+            RegistryError: It is not enrolled.
+        """
         with self.transaction() as db:
             node_id = self._node_id(telemetry.device)
             db.table("telemetry").insert(
                 {"device": node_id, "at": self._now(), "fields": telemetry.to_bytes().decode()}
+            )
+            db.execute(
+                "DELETE FROM telemetry WHERE device = ? AND id <= (SELECT id FROM telemetry "
+                "WHERE device = ? ORDER BY id DESC LIMIT 1 OFFSET ?)",
+                [node_id, node_id, KEPT_REPORTS],
             )
             db.execute("UPDATE devices SET last_seen = ? WHERE id = ?", [self._now(), node_id])
 

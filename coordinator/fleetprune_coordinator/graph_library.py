@@ -43,6 +43,7 @@ class StepOptions:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     distill_weight: float = 1.0
+    student_task_weight: float = 0.5
     mutual_weight: float = 0.5
     prior: bool = True
     """Let devices adjust logits by their own label frequencies (classification only)."""
@@ -169,8 +170,9 @@ class GraphLibrary:
                 student = Student(
                     resize(self._model, self._architecture, keep),
                     student_index(self._architecture, wide, keep),
-                    options.distill_weight,
-                    options.mutual_weight,
+                    weight=options.distill_weight,
+                    task=options.student_task_weight,
+                    mutual=options.mutual_weight,
                 )
             return export_train_step(
                 resize(self._model, self._architecture, wide),

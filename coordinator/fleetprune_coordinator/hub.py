@@ -23,6 +23,7 @@ from fleetprune.blocks import RefusedError
 from fleetprune.errors import HostileInputError, MessageError, RegistryError
 from fleetprune.files import storage_errors, write_atomic
 from fleetprune.messages import (
+    MAX_REASON,
     Announcement,
     Enrol,
     Enrolled,
@@ -303,7 +304,7 @@ class Hub:
     def _enrol(self, device: str, payload: bytes) -> None:
         enrol = _own(device, Enrol.from_bytes(payload), lambda m: m.device)
         reason = self._on_enrol(enrol)
-        answer = Enrolled(accepted=reason is None, reason=reason or "")
+        answer = Enrolled(accepted=reason is None, reason=(reason or "")[:MAX_REASON])
         self._send(device, "enrolled", answer.to_bytes())
         if reason is None:
             self._online[device] = True
@@ -326,6 +327,8 @@ class Hub:
                 log.info("device %s acknowledged task %s, which is not open", device, ack.task)
                 return
             announced.due = None
+            if ack.state is Progress.REFUSED:
+                del self._announced[ack.task]  # told of once, however often it comes
         if ack.state is Progress.REFUSED:
             self._tell(Outcome(ack.task, device, ack.reason or "no reason given"))
 

@@ -1,7 +1,7 @@
 """What the answers of one round add up to: weights, statistics, scores, accuracy."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from fleetprune.errors import MessageError
 from fleetprune.layout import Architecture
@@ -9,24 +9,32 @@ from fleetprune.messages import ResultHeader, Task, TaskKind
 from fleetprune.result import Result
 from fleetprune.update import decode_update
 from fleetprune_coordinator.aggregate import Aggregate, MomentSums, StatisticsMean
+from fleetprune_coordinator.bounds import Bounds
 from fleetprune_coordinator.fleet_model import FleetModel, Tensors
 from fleetprune_coordinator.ledger import Ledger
+
+MOMENTS: Final = ("bn_sum", "bn_sumsq", "bn_count")
+"""Sections of BatchNorm sums: all of them, or none."""
 
 
 class Intake:
     """Adds up the answers to one round's tasks; each is checked against the task first."""
 
-    def __init__(self, architecture: Architecture, model: FleetModel, ledger: Ledger) -> None:
+    def __init__(
+        self, architecture: Architecture, model: FleetModel, ledger: Ledger, bounds: Bounds
+    ) -> None:
         """Begin a round.
 
         Args:
             architecture: The model's description.
             model: The state that the round's tasks were made from; not changed.
             ledger: Takes in scores and activation sums as they come.
+            bounds: What one answer may change at most.
         """
         self._architecture = architecture
         self._model = model
         self._ledger = ledger
+        self._bounds = bounds
         self.aggregate = Aggregate(architecture, model.shapes)
         self._trained = {n: StatisticsMean(architecture, k) for n, k in model.shapes.items()}
         self._moments = {n: MomentSums(architecture, k) for n, k in model.shapes.items()}
@@ -41,12 +49,12 @@ class Intake:
         return len(self._done)
 
     def add(self, result: Result, tasks: Mapping[str, Task], samples: Mapping[str, int]) -> None:
-        """Add one answer; nothing is added to the weights when it raises."""
+        """Add one answer; nothing is added when it raises."""
         header = result.header
         task = self._match(header, tasks)
         keep = self._model.shapes[task.shape]
         # A device's own word decides its weight, so it is bounded by what it enrolled with.
-        weight = min(header.samples, max(1, samples.get(task.device, 1)))
+        weight = self._bounds.weight(min(header.samples, max(1, samples.get(task.device, 1))))
         vectors = result.vectors
         if task.kind is TaskKind.TRAIN:
             size = self.aggregate.size(task.shape)
@@ -54,19 +62,28 @@ class Intake:
                 raise MessageError(f"answer to {task.task} has no update, expected {size} values")
             update = decode_update(result.update, mask_version=task.mask_version, size=size)
             if "stats" in vectors:
-                self._trained[task.shape].add(vectors["stats"], weight)
+                self._trained[task.shape].check(vectors["stats"])
             if "taylor" in vectors and header.steps:
                 self._ledger.add_taylor(keep, vectors["taylor"], header.steps, weight)
-            self.aggregate.add(task.shape, update.dense(), weight)
+            if "stats" in vectors:
+                self._trained[task.shape].add(vectors["stats"], weight)
+            change = self._bounds.update(task.shape, update.dense())
+            self.aggregate.add(task.shape, change, weight)
             if header.loss is not None:
                 self._loss += weight * header.loss
                 self._weight += weight
         else:
-            if "bn_sum" in vectors:
-                sums = (vectors[name] for name in ("bn_sum", "bn_sumsq", "bn_count"))
-                self._moments[task.shape].add(*sums)
+            sums = [vectors[name] for name in MOMENTS if name in vectors]
+            if sums and len(sums) != len(MOMENTS):
+                raise MessageError(
+                    f"answer to {header.task} has {len(sums)} of the sections {', '.join(MOMENTS)}"
+                )
+            if sums:
+                self._moments[task.shape].check(*sums)
             if "sumsq" in vectors:
                 self._ledger.add_sumsq(keep, vectors["sumsq"], header.samples)
+            if sums:
+                self._moments[task.shape].add(*sums)
             if header.correct is not None:
                 right = self._right.setdefault(task.shape, [0, 0])
                 right[0] += min(header.correct, header.samples)

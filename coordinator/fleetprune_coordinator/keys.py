@@ -87,7 +87,10 @@ def load_signers(folder: Path) -> dict[str, CryptoSigner]:
         except FileNotFoundError as e:
             if role == Root.type and (folder / "keys").is_dir():
                 continue
-            raise ConfigError(f"no release repository in {folder}: {path} is missing") from e
+            raise ConfigError(
+                f"no release repository in {folder}: {path} is missing; "
+                "`fleetprune coordinator init` makes one"
+            ) from e
         except (OSError, ValueError, TypeError) as e:
             raise ConfigError(f"cannot read the private key {path}: {e}") from e
     return signers

@@ -17,6 +17,8 @@ from fleetprune.layout import Architecture, KeepCounts, Order, axis_indices, uni
 from fleetprune_coordinator.aggregate import check_vector, check_weight
 
 FloatArray = NDArray[np.float64]
+MOST = 100.0
+"""Largest Taylor score of a unit in one report, in means of the units that all classes have."""
 
 
 class Criterion(StrEnum):
@@ -61,7 +63,8 @@ class Ledger:
     """Running importance of every unit, comparable across device classes.
 
     Taylor scores scale with the loss, and a narrow model's loss is larger: each report is divided
-    by its mean over the units that the smallest class has, which every report contains.
+    by its mean over the units that the smallest class has, which every report contains, and cut
+    at `MOST`, so that one device's word about a unit fades within a few rounds.
     Activation sums are not rescaled: with all devices of one shape, the score is exactly that of
     the pooled samples.
     """
@@ -119,7 +122,8 @@ class Ledger:
         if not scale > 0:
             return  # dead gradients say nothing about which unit matters
         for group, scores in parts.items():
-            self._taylor[group].add(slice(0, scores.size), scores * (weight / scale), weight)
+            worth = np.minimum(scores / scale, MOST)
+            self._taylor[group].add(slice(0, scores.size), worth * weight, weight)
 
     def add_sumsq(self, keep: KeepCounts, sumsq: NDArray[np.float32], samples: int) -> None:
         """Add one device's activation sums.

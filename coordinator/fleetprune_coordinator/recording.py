@@ -238,8 +238,12 @@ def record(model: nn.Module, example: Tensor) -> Recording:
         path = recorder.stack[-1]
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if not isinstance(error, TraceError):
-            alone = " on shapes alone, expected no branch on values" if example.is_meta else ""
-            reason = f"does not run{alone}: {reason}"
+            where = ""
+            if example.is_meta:
+                where = " on shapes alone, expected no branch on values"
+                if "meta" not in reason:  # it is not about values that are not there
+                    where = f" on an input of shape {tuple(example.shape)}"
+            reason = f"does not run{where}: {reason}"
         raise TraceError(f"{describe(path, recorder.layers[path])}: {reason}") from error
     finally:
         for hook in hooks:

@@ -18,6 +18,7 @@ from fleetprune.layout import Architecture
 from fleetprune.messages import Blob, Task, TaskKind
 from fleetprune.model_payload import encode_model
 from fleetprune.result import decode_result
+from fleetprune_coordinator.bounds import Bounds, length
 from fleetprune_coordinator.cohort import choose
 from fleetprune_coordinator.config import TrainingConfig
 from fleetprune_coordinator.events import EventLog
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 
 CALIBRATED = 1e-3
 """Largest change of a BatchNorm mean, in standard deviations, at which calibration may stop."""
+
+_NORM = "norm/"
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Rounds:
         self._events = events
         self._run = run
         self._calibrated = False
+        self._norms: dict[str, float] = {}
 
     def start(self, params: Tensors, stats: Tensors, *, trained: bool) -> None:
         """Take up the training where the registry left it, or begin it.
@@ -126,6 +130,11 @@ class Rounds:
         )
         self.ledger = Ledger.from_arrays(architecture, self._smallest(), snapshot.ledger)
         self._calibrated = bool(snapshot.extra.get("calibrated", np.zeros(1)).any())
+        self._norms = {
+            name.removeprefix(_NORM): float(value[0])
+            for name, value in snapshot.extra.items()
+            if name.startswith(_NORM)
+        }
 
     # ---- where we are
 
@@ -269,12 +278,13 @@ class Rounds:
         if opened is None:
             return {}
         key = _key(opened)
-        intake = Intake(self._architecture, self.model, self.ledger)
         tasks = {
             record.task.task: record.task
             for record in self._registry.tasks(key.number, key.phase, step=key.step)
         }
         samples = {d.name: d.samples for d in self._registry.devices()}
+        bounds = self._bounds(samples.get(task.device, 1) for task in tasks.values())
+        intake = Intake(self._architecture, self.model, self.ledger, bounds)
         for answer in answers:
             try:
                 intake.add(decode_result(answer), tasks, samples)
@@ -283,6 +293,9 @@ class Rounds:
                 self._registry.add_event("refused", str(e))
                 intake.refused += 1
         self.ledger.close_round()
+        self._norms = bounds.norms()
+        if bounds.cut:
+            log.warning("%d updates were cut: too long beside those before", bounds.cut)
         mask = self._apply(key, intake)
         metrics = intake.metrics() | {"mask_version": self.model.mask_version}
         self._registry.close_round(
@@ -297,13 +310,26 @@ class Rounds:
             self._events.emit("remask", round=key.number, mask_version=mask.version)
         return metrics | {"phase": key.phase.value, "round": key.number, "step": key.step}
 
+    def _bounds(self, samples: Iterable[int]) -> Bounds:
+        start = {
+            name: length(self.model.vectors(self._architecture, name)[0])
+            for name in self.model.shapes
+        }
+        return Bounds(self._settings.outlier, samples, self._norms, start)
+
     def _apply(self, key: RoundKey, intake: Intake) -> MaskRecord | None:
         """Move the state on; the new mask's record if the units were put in a new order."""
         model = self.model
         self._calibrated = False
-        deltas, _ = intake.aggregate.result()
-        params = {name: model.params[name] + delta for name, delta in deltas.items()}
-        stats = intake.statistics()
+        with np.errstate(over="ignore", invalid="ignore"):  # refused on the next lines
+            deltas, _ = intake.aggregate.result()
+            params = {name: model.params[name] + delta for name, delta in deltas.items()}
+            stats = intake.statistics()
+        if not _finite(params, *stats.values()):
+            text = "a round's answers add up to values that are not finite; the model stays"
+            log.warning("%s", text)
+            self._registry.add_event("refused", text)
+            params, stats = model.params, dict(model.stats)
         if key.phase is Phase.CALIBRATE and intake.answers:
             moved = _largest_move(model.stats, stats)
             self._calibrated = moved < CALIBRATED
@@ -347,12 +373,17 @@ class Rounds:
             params=self.model.params,
             stats=self.model.stats,
             ledger=self.ledger.arrays(),
-            extra={"calibrated": np.array([self._calibrated])},
+            extra={"calibrated": np.array([self._calibrated])}
+            | {f"{_NORM}{name}": np.array([norm]) for name, norm in self._norms.items()},
         )
 
 
 def _key(record: RoundRecord) -> RoundKey:
     return RoundKey(record.phase, record.number, record.step)
+
+
+def _finite(*models: Tensors) -> bool:
+    return all(np.isfinite(values).all() for model in models for values in model.values())
 
 
 def _largest_move(before: Mapping[str, Tensors], after: Mapping[str, Tensors]) -> float:

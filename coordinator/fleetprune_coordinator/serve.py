@@ -93,8 +93,9 @@ class Server:
             )
 
     def _outcome(self, outcome: Outcome) -> None:
-        if outcome.refused is not None:
-            self._registry.refuse_task(outcome.task, outcome.device, outcome.refused)
+        if outcome.refused is not None and self._registry.refuse_task(
+            outcome.task, outcome.device, outcome.refused
+        ):  # not once more for a device that repeats itself
             self._registry.add_event("task refused", outcome.refused, outcome.device)
 
     # ---- what the operator asked for

@@ -236,8 +236,7 @@ def _take_lock(path: Path) -> IO[str]:
         holder = file.read(32).strip() or "unknown"
         file.close()
         raise RegistryError(
-            f"{path.parent} is in use by process {holder}: stop that coordinator first, "
-            f"or open read-only"
+            f"{path.parent} is in use by process {holder}: stop that coordinator first"
         ) from e
     file.truncate(0)
     file.write(f"{os.getpid()}\n")

@@ -17,6 +17,9 @@ from fleetprune.costs import Costs
 from fleetprune.errors import BudgetError
 from fleetprune.layout import KeepCounts
 
+_KEYS = {"artifact_bytes": "flash_bytes", "peak_activation_bytes": "ram_bytes"}
+"""How a budget calls the limit of a cost, where it is not the cost's own name."""
+
 
 class Budget(BaseModel):
     """What one device class can hold; None: no limit."""
@@ -171,9 +174,9 @@ class BudgetSolver:
         for cost, limit in budget.limits().items():
             if (least := getattr(smallest, cost)) > limit:
                 raise BudgetError(
-                    f"class {name}: {cost} {limit} cannot be met, "
-                    f"the smallest achievable is {least}; raise the budget or lower the "
-                    f"channel multiple"
+                    f"class {name}: {_KEYS.get(cost, cost)} {limit} cannot be met, "
+                    f"the smallest achievable is {least}; raise the budget or lower "
+                    f"channel_multiple"
                 )
 
     def _one(

@@ -86,6 +86,11 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
         return f"{where}: unknown key, {hint}{more}"
     where = ".".join(shown)
+    if first["type"] == "union_tag_invalid":  # says both in words that only pydantic's users know
+        kinds = error.errors(include_url=False)[errors.index(first)]["ctx"]
+        key, kind = kinds["discriminator"].strip("'"), json.dumps(kinds["tag"])
+        expected = kinds["expected_tags"].replace("'", "")
+        return f"{where}.{key}: expected one of {expected}, got {kind}{more}"
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     got = first["input"]

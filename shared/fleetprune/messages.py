@@ -9,7 +9,14 @@ import hashlib
 from enum import StrEnum
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 from fleetprune.errors import MessageError
 
@@ -19,6 +26,24 @@ MAX_MESSAGE = 64 * 1024  # bytes of JSON; nothing legitimate comes near it
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """A device, class or task: safe as an MQTT topic level and as a file name."""
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+MAX_COUNT = 2**32 - 1
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+"""What is counted one by one: 32 bits, as in frames and updates (JSON knows no limit)."""
+Size = Annotated[int, Field(ge=0, le=2**53 - 1)]
+"""Bytes and sums of counts: what every JSON reader holds exactly."""
+MAX_DEADLINE_S = 7 * 24 * 3600.0
+"""No round lasts a week: the longest that a task is kept, and anything of it."""
+MAX_REASON = 1024  # characters
+MAX_LOSS = 3.4e38  # what float32 holds
+
+
+def printable(text: str) -> str:
+    """`text` in one line: what a terminal or a log would act upon becomes a space."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+Line = Annotated[str, AfterValidator(printable)]
+"""Text of a peer for people to read."""
 
 
 class Message(BaseModel):
@@ -51,7 +76,7 @@ class Blob(Message):
     """Bytes that can be pulled in blocks, named by their hash."""
 
     sha256: Sha256
-    size: int = Field(ge=0)
+    size: Size
 
     @classmethod
     def of(cls, data: bytes) -> Self:
@@ -64,10 +89,10 @@ class Enrol(Message):
 
     device: Name
     device_class: Name
-    agent_version: str = Field(max_length=64)
+    agent_version: Line = Field(max_length=64)
     trains: bool
     """False: this device only runs forward passes."""
-    samples: int = Field(ge=0)
+    samples: Count
     block: Literal[0, 8, 16] = 0
     """Channel block of onnxruntime's blocked convolutions on this processor; 0: none."""
     rss_mb: float = Field(default=0.0, ge=0)
@@ -77,7 +102,7 @@ class Enrolled(Message):
     """Coordinator to device: the answer to `Enrol`."""
 
     accepted: bool
-    reason: str = ""
+    reason: Line = Field(default="", max_length=MAX_REASON)
 
 
 class TaskKind(StrEnum):
@@ -113,8 +138,8 @@ class Task(Message):
     task: Name
     device: Name
     kind: TaskKind
-    round: int = Field(ge=0)
-    mask_version: int = Field(ge=0)
+    round: Count
+    mask_version: Count
     shape: Name
     """Name of the model shape (usually the device class) that `graphs` and `model` have."""
     graphs: tuple[GraphRef, ...] = Field(min_length=1)
@@ -123,17 +148,17 @@ class Task(Message):
     """The same graphs with portable operators, for where the fast ones do not verify."""
     model: Blob
     """A frame of kind MODL: parameters and BatchNorm statistics of that shape."""
-    epochs: int = Field(default=1, ge=0)
-    max_steps: int = Field(default=0, ge=0)
+    epochs: Count = 1
+    max_steps: Count = 0
     """At most so many optimiser steps; 0: as many as the epochs have."""
     learning_rate: float = Field(default=0.0, ge=0)
     proximal: float = Field(default=0.0, ge=0)
     """Pull towards the received weights: after each step `w -= lr * proximal * (w - start)`."""
-    seed: int = Field(default=0, ge=0)
+    seed: Count = 0
     codec: Codec = Codec.INT4
     top_k: float = Field(default=1.0, gt=0, le=1)
     """Share of values sent; 1: all (then no positions travel)."""
-    deadline_s: float = Field(default=600.0, gt=0)
+    deadline_s: float = Field(default=600.0, gt=0, le=MAX_DEADLINE_S)
     """Seconds from the announcement after which an answer is no longer used."""
 
 
@@ -150,7 +175,7 @@ class TaskAck(Message):
     task: Name
     device: Name
     state: Progress
-    reason: str = Field(default="", max_length=1024)
+    reason: Line = Field(default="", max_length=MAX_REASON)
 
 
 class ResultHeader(Message):
@@ -164,12 +189,12 @@ class ResultHeader(Message):
     task: Name
     device: Name
     kind: TaskKind
-    round: int = Field(ge=0)
-    mask_version: int = Field(ge=0)
-    samples: int = Field(ge=1)
-    steps: int = Field(default=0, ge=0)
-    loss: float | None = None
-    correct: int | None = Field(default=None, ge=0)
+    round: Count
+    mask_version: Count
+    samples: int = Field(ge=1, le=MAX_COUNT)
+    steps: Count = 0
+    loss: float | None = Field(default=None, ge=-MAX_LOSS, le=MAX_LOSS)
+    correct: Count | None = None
     """Correctly classified of `samples` (observe tasks)."""
     train_s: float = Field(default=0.0, ge=0)
     rss_mb: float = Field(default=0.0, ge=0)
@@ -186,16 +211,16 @@ class Telemetry(Message):
 
     device: Name
     device_class: Name
-    release: int = Field(default=0, ge=0)
+    release: Count = 0
     """Installed release; 0: none yet."""
     sha256: Sha256 | None = None
     state: Literal["empty", "trial", "committed", "rolled_back"] = "empty"
     accuracy: float | None = Field(default=None, ge=0, le=1)
     latency_ms: float | None = Field(default=None, ge=0)
     rss_mb: float = Field(default=0.0, ge=0)
-    bytes_up: int = Field(default=0, ge=0)
-    bytes_down: int = Field(default=0, ge=0)
-    error: str = Field(default="", max_length=1024)
+    bytes_up: Size = 0
+    bytes_down: Size = 0
+    error: Line = Field(default="", max_length=MAX_REASON)
 
 
 class Manifest(Message):

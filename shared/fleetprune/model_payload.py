@@ -5,11 +5,10 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from fleetprune.errors import WireError
 from fleetprune.frame import decode_frame, encode_frame
-from fleetprune.messages import Codec, Message
+from fleetprune.messages import Codec, Count, Message
 from fleetprune.values import decode_values, encode_values
 
 KIND: Final = "MODL"
@@ -18,12 +17,12 @@ KIND: Final = "MODL"
 class ModelHeader(Message):
     """Header of a frame of kind MODL; sections `params` by `codec`, `stats` in fp32."""
 
-    mask_version: int = Field(ge=0)
-    round: int = Field(ge=0)
+    mask_version: Count
+    round: Count
     codec: Codec
-    params: int = Field(ge=0)
+    params: Count
     """Number of parameters."""
-    stats: int = Field(ge=0)
+    stats: Count
     """Number of BatchNorm statistics."""
 
 

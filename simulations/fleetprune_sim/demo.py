@@ -33,6 +33,7 @@ from fleetprune_sim.demo_config import (
 )
 from fleetprune_sim.demo_processes import POLL_S, Children, DemoError, Interrupted
 from fleetprune_sim.demo_state import (
+    MAKING_GRAPHS,
     DeviceState,
     Event,
     EventReader,
@@ -207,6 +208,8 @@ def _watching(console: Console, task: str, plain: bool) -> Iterator[Watcher]:
         def say(state: FleetState, event: Event) -> None:
             if line := describe(event):
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
+            if state.news == MAKING_GRAPHS and event.get("event") == "enrolled":
+                console.print(state.news, highlight=False, markup=False, soft_wrap=True)
 
         yield say
         return

@@ -8,6 +8,8 @@ from typing import Any
 
 Event = Mapping[str, Any]
 
+MAKING_GRAPHS = "everyone is here; making each class's graphs takes a while"
+"""Between the last enrolment and the first round; there is no event for it."""
 _REPORTED = ("release", "accuracy", "latency_ms", "rss_mb")
 
 
@@ -56,11 +58,12 @@ def apply(state: FleetState, event: Event) -> FleetState:
         case "enrolled":
             state = _update(state, event, "enrolled")
             if all(device.doing == "enrolled" for device in state.devices.values()):
-                return replace(state, news="everyone is here; making the graphs of every class")
+                return replace(state, news=MAKING_GRAPHS)
             return state
         case "round":
             state = replace(
                 state,
+                news=f"round {event.get('round')} took {float(event.get('seconds') or 0.0):.1f} s",
                 done=int(event.get("round", state.done)),
                 rounds=int(event.get("of", state.rounds)),
                 timed=state.timed + 1,

@@ -237,6 +237,15 @@ def test_the_command_runs_checks_and_stops_at_sigterm(hub, device, tmp_path, rep
             "release": 1,
             "predictions": [{"class": 0, "label": "0", "scores": [1.0, 1.0, 1.0]}] * 2,
         }
+        missing = call("predict", "--input", str(tmp_path / "y.npy"))
+        assert (missing.returncode, missing.stderr) == (
+            2,
+            f"fleetprune: {tmp_path / 'y.npy'}: cannot be read: No such file or directory\n",
+        )
+        (tmp_path / "y.npy").write_bytes(b"hello")
+        assert (
+            "y.npy: not a plain .npy file" in call("predict", "--input", f"{tmp_path}/y.npy").stderr
+        )
         process.send_signal(signal.SIGTERM)
         errors = process.communicate(timeout=30)[1]
     assert process.returncode == 0, errors

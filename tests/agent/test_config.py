@@ -75,8 +75,7 @@ def test_other_kinds_of_data(tmp_path):
         (('"f"', "7"), "fleet: input should be a valid string, got 7"),
         (
             ('"npz"', '"nzp"'),
-            "data: input tag 'nzp' found using 'kind' does not match any of the expected tags: "
-            "'npz', 'csv', 'function'",
+            'data.kind: expected one of npz, csv, function, got "nzp"',
         ),
         (
             ("device =", "threads = 0\ndevice ="),

@@ -98,10 +98,10 @@ def test_a_session_survives_a_mere_commit(device):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (np.zeros((1, 5)), "input has shape (1, 5), expected (n, *(4,)), n >= 1"),
-        (np.zeros((0, 4)), "input has shape (0, 4), expected (n, *(4,)), n >= 1"),
-        (np.zeros(4), "input has shape (4,), expected (n, *(4,)), n >= 1"),
-        (np.array(0.0), "input has shape (1,), expected (n, *(4,)), n >= 1"),
+        (np.zeros((1, 5)), "input has shape (1, 5), expected (n, 4), n >= 1"),
+        (np.zeros((0, 4)), "input has shape (0, 4), expected (n, 4), n >= 1"),
+        (np.zeros(4), "input has shape (4,), expected (n, 4), n >= 1"),
+        (np.array(0.0), "input has shape (1,), expected (n, 4), n >= 1"),
         (np.array([[0, np.nan, np.inf, 0]]), "input has 2 of 4 values that are not finite"),
     ],
 )

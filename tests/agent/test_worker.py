@@ -13,7 +13,7 @@ from fleetprune_agent.data import checked
 from fleetprune_agent.feedback import InMemory, OnDisk
 from fleetprune_agent.sessions import KEPT_FILES, Graphs
 from fleetprune_agent.trainer import StoppedError
-from fleetprune_agent.worker import Worker, WorkerSettings, as_loop_device, lossy
+from fleetprune_agent.worker import FRAME_BYTES, Worker, WorkerSettings, as_loop_device, lossy
 
 
 def samples(labels=(0, 1, 0, 1)):
@@ -56,6 +56,28 @@ def test_training_in_the_head(shelf):
     assert header.loss == pytest.approx(0.5, abs=1e-6)
     assert header.correct is None
     assert header.rss_mb > 10
+
+
+@pytest.mark.parametrize("kind", ["train", "observe"])
+def test_a_task_has_only_so_much_time(shelf, kind):
+    """Whoever can write to the broker can ask for a thousand million epochs."""
+    many = checked(np.zeros((400, 1)), [0] * 400, lambda i: f"memory row {i}", "memory")
+    w = worker(shelf, samples=many)
+    w.settings = WorkerSettings("d1", max_task_s=5)
+    graph = step() if kind == "train" else observation()
+    task = shelf.task("t1", [graph], kind=kind, epochs=10**9)
+    with pytest.raises(DataError, match=r"^task t1 takes longer than max_task_s = 5$"):
+        w.handle(task)
+    assert w.answer("t1") is None
+
+
+def test_a_model_that_cannot_be_one_is_not_fetched(shelf):
+    task = shelf.task("t1", [step()])
+    huge = task.model_copy(update={"model": task.model.model_copy(update={"size": 2**32})})
+    most = 4 * (2 + 2) + FRAME_BYTES
+    with pytest.raises(WireError, match=f"^model of {2**32} bytes, expected at most {most}$"):
+        worker(shelf).handle(huge)
+    assert shelf.asked == [task.graphs[0].target]
 
 
 def test_what_top_k_leaves_out_is_sent_later(shelf):

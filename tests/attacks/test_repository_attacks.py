@@ -17,6 +17,8 @@ from tuf.api.metadata import MetaFile
 from fleetprune.errors import HostileInputError, TransportError, TrustError
 from fleetprune_agent.trust import MAX_MANIFEST, TrustedRepository
 
+OTHER_ROOT = " that this device's root of trust names: is it the root.json of this fleet?"
+
 
 @pytest.fixture
 def repository() -> MemoryRepository:
@@ -97,7 +99,7 @@ def test_rollback_of_the_targets(trusted, repository, clock):
 def test_wrong_key(trusted, repository, role):
     repository.signers[role] = CryptoSigner.generate_ed25519()
     repository.bump()
-    assert refused(trusted) == f"release repository: {role} was signed by 0/1 keys"
+    assert refused(trusted) == f"release repository: {role} was signed by 0/1 keys" + OTHER_ROOT
 
 
 def test_wrong_root_key(trusted, repository):
@@ -106,13 +108,13 @@ def test_wrong_root_key(trusted, repository):
     repository.root.version = 2
     repository.root.add_key(thief.public_key, "root")
     repository.signers["root"] = thief
-    assert refused(trusted) == "release repository: root was signed by 0/1 keys"
+    assert refused(trusted) == "release repository: root was signed by 0/1 keys" + OTHER_ROOT
 
 
 def test_a_key_of_another_role_does_not_count(trusted, repository):
     repository.signers["targets"] = repository.signers["timestamp"]
     repository.bump()
-    assert refused(trusted) == "release repository: targets was signed by 0/1 keys"
+    assert refused(trusted) == "release repository: targets was signed by 0/1 keys" + OTHER_ROOT
 
 
 def test_metadata_of_another_role(trusted, repository):

@@ -17,7 +17,13 @@ from fleetprune.blocks import (
 )
 from fleetprune.errors import WireError
 from fleetprune.windows import Upload
-from fleetprune_coordinator.block_server import OPEN_FILES, OPEN_SPOOLS, Admission, BlockServer
+from fleetprune_coordinator.block_server import (
+    DEVICE_SPOOLS,
+    OPEN_FILES,
+    OPEN_SPOOLS,
+    Admission,
+    BlockServer,
+)
 
 BS = 1000
 DATA = random.Random(3).randbytes(4 * BS + 1)
@@ -104,11 +110,26 @@ def test_open_files_and_spools_are_bounded(fixture):
         assert fixture.ask(f"f{i}", 0)[0].data == bytes([i])
     assert len(fixture.server._files) == OPEN_FILES
     for i in range(OPEN_SPOOLS + 10):
-        fixture.put(puts(name=f"results/t{i}")[0])
+        fixture.put(puts()[0], device=f"d{i}")
     assert len(fixture.server._spools) == OPEN_SPOOLS
+    for put in puts()[1:]:
+        fixture.put(put, device="d0")
+    assert fixture.stored == [("d0", "results/t1", DATA)]
+
+
+def test_what_one_device_leaves_in_the_spool_is_bounded(fixture):
+    fixture.put(puts(name="results/t0")[0], device="d2")
+    for i in range(DEVICE_SPOOLS + 3):
+        fixture.put(puts(name=f"results/t{i}")[0])
+    assert len(fixture.spooled()) == 2 * (DEVICE_SPOOLS + 1)  # parts and maps, one of d2
+    assert len(fixture.server._spools) == DEVICE_SPOOLS + 1
+    for i in (0, DEVICE_SPOOLS + 2):  # one that went is begun again, one that stayed goes on
+        for put in puts(name=f"results/t{i}"):
+            fixture.put(put)
     for put in puts(name="results/t0")[1:]:
-        fixture.put(put)
-    assert fixture.stored == [("d1", "results/t0", DATA)]
+        fixture.put(put, device="d2")
+    stored = [("d1", "results/t0"), ("d1", f"results/t{DEVICE_SPOOLS + 2}"), ("d2", "results/t0")]
+    assert fixture.stored == [(device, name, DATA) for device, name in stored]
 
 
 @pytest.mark.parametrize("seed", range(3))

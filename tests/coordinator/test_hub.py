@@ -164,7 +164,11 @@ def test_refusing_ack_ends_the_task(broker, fleet, tmp_path):  # noqa: F811
             until(lambda: device.enrolled)
             hub.announce(todo, MODEL)
             until(lambda: outcomes)
-        assert (outcomes[0].task, outcomes[0].refused) == ("t1", "no data")
+            again = TaskAck(task="t1", device="d1", state=Progress.REFUSED, reason="no data")
+            device.send("ack", again.to_bytes())
+            device.send("status", b"offline")
+            until(lambda: not hub.online("d1"))
+        assert [(o.task, o.refused) for o in outcomes] == [("t1", "no data")]
 
 
 def test_messages_that_lie_about_their_sender_are_dropped(broker, fleet, tmp_path, caplog):  # noqa: F811

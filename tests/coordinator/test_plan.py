@@ -52,7 +52,7 @@ def test_an_infeasible_budget_is_refused_before_any_round():
     with pytest.raises(
         BudgetError,
         match=r"^class phone: macs 87 cannot be met, the smallest achievable is 88; "
-        r"raise the budget or lower the channel multiple$",
+        r"raise the budget or lower channel_multiple$",
     ):
         planner(Budget(macs=87))
 

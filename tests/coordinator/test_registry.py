@@ -17,6 +17,7 @@ import sqlite_utils
 
 from fleetprune.errors import RegistryError
 from fleetprune.messages import Blob, Enrol, GraphRef, Task, TaskKind, Telemetry
+from fleetprune_coordinator import device_tables
 from fleetprune_coordinator.migrations import migrations
 from fleetprune_coordinator.records import (
     EventRecord,
@@ -423,6 +424,19 @@ def test_garbage_is_what_nothing_open_or_recent_needs(registry: Registry, clock:
     assert registry.tasks(1, Phase.TRAIN)[0].up_bytes == 6  # the record stays
 
 
+def test_a_flood_of_telemetry_is_bounded(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_tables, "KEPT_REPORTS", 3)
+    for name in ("p1", "p2"):
+        registry.enrol(enrolment(name, "phone"))
+    registry.record_telemetry(Telemetry(device="p2", device_class="phone", latency_ms=9))
+    for i in range(10):
+        registry.record_telemetry(Telemetry(device="p1", device_class="phone", latency_ms=i))
+    assert registry.query("SELECT count(*) AS n FROM telemetry") == [{"n": 4}]
+    assert [t.telemetry.latency_ms for t in registry.latest_telemetry()] == [9, 9]
+
+
 def test_old_telemetry_is_collected_but_the_last(registry: Registry, clock: Clock) -> None:
     for at in (0.0, 1.0, 500.0):
         clock.time = at
@@ -494,8 +508,7 @@ def test_two_writers_are_refused(tmp_path: Path) -> None:
     with Registry.open(tmp_path, time.time), pytest.raises(RegistryError) as caught:
         Registry.open(tmp_path, time.time)
     assert str(caught.value) == (
-        f"{tmp_path} is in use by process {os.getpid()}: stop that coordinator first, "
-        f"or open read-only"
+        f"{tmp_path} is in use by process {os.getpid()}: stop that coordinator first"
     )
     with child("hold", tmp_path) as holder:
         with pytest.raises(RegistryError, match=rf" is in use by process {holder.pid}: stop that"):

@@ -287,7 +287,8 @@ def test_opening_what_is_no_repository(tmp_path, clock):
     with pytest.raises(ConfigError) as e:
         ReleaseRepository(tmp_path, clock)
     assert str(e.value) == (
-        f"no release repository in {tmp_path}: {tmp_path}/keys/root.pem is missing"
+        f"no release repository in {tmp_path}: {tmp_path}/keys/root.pem is missing; "
+        "`fleetprune coordinator init` makes one"
     )
 
 

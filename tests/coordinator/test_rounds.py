@@ -16,7 +16,7 @@ from tests.simulations.fleets import tiny_config, tiny_devices
 
 @pytest.fixture
 def coordinator(tmp_path):
-    with open_coordinator(tiny_config(tmp_path), tiny_devices()) as opened:
+    with open_coordinator(tiny_config(tmp_path, outlier=0), tiny_devices()) as opened:
         yield opened
 
 

@@ -271,6 +271,12 @@ REFUSED = {
         "the model (Sequential) has no layer whose outputs can be cut, expected at least one Conv "
         "or Linear layer besides the output",
     ),
+    "wrong input shape": (
+        lambda: nn.Sequential(nn.Linear(12, 4), nn.Linear(4, 3)),
+        (11,),
+        "0 (Linear): does not run on an input of shape (1, 11): a and b must have same reduction "
+        "dim, but got [1, 11] X [12, 4].",
+    ),
     "branch on values": (
         lambda: Wired(lambda m, x: m.b(m.a(x)) if x.sum() > 0 else m.b(x), a=conv(3, 3), b=head(3)),
         (3, 8, 8),

@@ -69,9 +69,11 @@ def test_an_infeasible_budget_names_the_class_and_the_smallest_figure():
     with pytest.raises(
         BudgetError,
         match=r"^class sensor: macs 639 cannot be met, the smallest achievable is 640; "
-        r"raise the budget or lower the channel multiple$",
+        r"raise the budget or lower channel_multiple$",
     ):
         solve({"sensor": Budget(macs=639)})
+    with pytest.raises(BudgetError, match=r"^class sensor: flash_bytes 9 cannot be met, the "):
+        solve({"sensor": Budget(flash_bytes=9)})
 
 
 def test_the_smallest_achievable_budget_is_met():

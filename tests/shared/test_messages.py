@@ -177,6 +177,24 @@ def test_names_are_safe_as_topic_levels_and_file_names(name):
         TaskAck.from_bytes(json.dumps(fields).encode())
 
 
+def test_texts_of_peers_are_one_harmless_line():
+    hostile = "no\r\ndata\x1b[2J\u202e\u2028!"
+    ack = TaskAck(task="t", device="d", state="refused", reason=hostile)
+    assert TaskAck.from_bytes(ack.to_bytes()).reason == "no  data [2J  !"
+
+
+@pytest.mark.parametrize(
+    ("field", "most"),
+    [("mask_version", 2**32 - 1), ("epochs", 2**32 - 1), ("deadline_s", 604800)],
+)
+def test_a_task_asks_for_what_can_be(field, most):
+    fields = json.loads(EXAMPLES[IDS.index("Task")].to_bytes())
+    assert Task.from_bytes(json.dumps({**fields, field: most}).encode())
+    with pytest.raises(MessageError) as e:
+        Task.from_bytes(json.dumps({**fields, field: most + 1}).encode())
+    assert str(e.value) == f"Task: {field}: Input should be less than or equal to {most}"
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_numbers_are_finite(number):
     data = EXAMPLES[IDS.index("ResultHeader")].to_bytes().replace(b"0.5", number.encode())

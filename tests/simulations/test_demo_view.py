@@ -7,6 +7,7 @@ from rich.console import Console
 
 from fleetprune_sim.demo_config import CLASSES, DEVICES
 from fleetprune_sim.demo_state import (
+    MAKING_GRAPHS,
     DeviceState,
     EventReader,
     FleetState,
@@ -168,6 +169,7 @@ def test_rounds_add_up():
     for number in (1, 2):
         state = apply(state, {**ROUND, "round": number})
     assert (state.done, state.rounds, state.loss) == (2, 20, 0.5123)
+    assert state.news == "round 2 took 1.2 s"  # the rest has a line of its own
     assert state.bytes_up == 2 * 1_234_567
     assert state.left_s == pytest.approx(18 * 1.2)
 
@@ -187,7 +189,8 @@ def test_what_takes_long_before_the_first_round_has_a_name():
     for device, name in DEVICES.items():
         assert "graphs" not in state.news
         state = apply(state, {"event": "enrolled", "device": device, "device_class": name})
-    assert state.news == "everyone is here; making the graphs of every class"
+    assert state.news == MAKING_GRAPHS
+    assert MAKING_GRAPHS in text(live(state, "digits"), 80)  # it is not cut off
 
 
 def test_unknown_events_and_devices_do_no_harm():

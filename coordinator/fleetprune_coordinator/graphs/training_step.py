@@ -58,6 +58,10 @@ class TrainingStep:
                 guess = torch.func.functional_call(self.student.model, small, (x,))
                 extra = weighted_mean(distillation(output, guess), sw)
                 loss = loss + self.student.weight * extra
+                if self.student.task:
+                    shifted = guess + state[end] if self.adjusted else guess
+                    own = weighted_mean(self.loss(shifted, y), sw)
+                    loss = loss + self.student.task * own
                 if self.student.mutual:
                     back = weighted_mean(distillation(guess, output), sw)
                     loss = loss + self.student.mutual * back

@@ -34,6 +34,8 @@ class Student:
     """Per parameter name, per axis: which part of the trained model's tensor it is."""
     weight: float = 1.0
     """Weight of KL(model || student) beside the task's loss: the student learns from the model."""
+    task: float = 0.0
+    """Weight of the task's loss of the student's own output."""
     mutual: float = 0.0
     """Weight of KL(student || model): the model learns from the student, whose tensors more
     devices have trained (deep mutual learning, Zhang et al. 2018)."""

@@ -201,6 +201,25 @@ def test_the_model_learns_back_from_its_student():
     assert relative_error(out["grad"], flat(p.grad for p in exact.parameters())) < 2e-6
 
 
+def test_the_student_learns_from_the_labels_too():
+    model, student = narrow_mlp(list(range(8)))
+    student = replace(student, task=0.5)
+    x, y = data((6,), 4, classes=4)
+    prior = np.log(np.float32([0.4, 0.3, 0.2, 0.1]))
+    graph = sgd_graph(model, x, student=student, prior=True)
+    out = run_graph(graph, step_feeds(model, x, y, np.ones(4)) | {"prior": prior})
+
+    exact = copy.deepcopy(model).double()
+    own = exact(x.double())
+    w1, b1, w2, b2 = exact.parameters()
+    guess = F.linear(torch.relu(F.linear(x.double(), w1[:8], b1[:8])), w2[:, :8], b2)
+    kl = F.kl_div(guess.log_softmax(-1), own.detach().softmax(-1), reduction="batchmean")
+    shift = torch.from_numpy(prior).double()
+    task = F.cross_entropy(own + shift, y) + 0.5 * F.cross_entropy(guess + shift, y)
+    (task + 0.7 * kl).backward()
+    assert relative_error(out["grad"], flat(p.grad for p in exact.parameters())) < 2e-6
+
+
 def test_the_prior_shifts_the_task_loss_and_nothing_else():
     model, student = narrow_mlp(list(range(8)))
     x, y = data((6,), 4, classes=4)
