@@ -127,6 +127,9 @@ def status(config: Config = FLEET_TOML, *, as_json: Json = False) -> None:
             f"{d['rss_mb']:.0f}",
         )
     console.print(table)
+    for d in state["devices"]:
+        if d["error"]:
+            console.print(f"{d['device']}: {d['error']}", markup=False, highlight=False)
 
 
 def _status(fleet: FleetConfig) -> dict[str, Any]:
@@ -152,6 +155,7 @@ def _status(fleet: FleetConfig) -> dict[str, Any]:
                 "accuracy": t.accuracy if t else None,
                 "latency_ms": t.latency_ms if t else None,
                 "rss_mb": t.rss_mb if t else d.rss_mb,
+                "error": t.error if t else "",
             }
             for d in registry.devices()
         ]

@@ -116,6 +116,7 @@ class Intake:
         """Counts and means for people."""
         return {
             "answers": self.answers,
+            "trained": sum(self.aggregate.counts.values()),
             "refused": self.refused,
             "loss": round(self._loss / self._weight, 5) if self._weight else None,
             "accuracy": {name: round(r / n, 4) for name, (r, n) in self._right.items()},

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fleetprune.errors import FleetpruneError
+from fleetprune.errors import FleetpruneError, TransportError
 from fleetprune.layout import Architecture
 from fleetprune.messages import Blob, Task, TaskKind
 from fleetprune.model_payload import encode_model
@@ -40,6 +40,8 @@ from fleetprune_coordinator.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
+TRIES = 3
+"""Training rounds without a trained answer, one after another, at which training stops."""
 CALIBRATED = 1e-3
 """Largest change of a BatchNorm mean, in standard deviations, at which calibration may stop."""
 
@@ -97,6 +99,7 @@ class Rounds:
         self._events = events
         self._run = run
         self._calibrated = False
+        self._silent = 0
         self._norms: dict[str, float] = {}
 
     def start(self, params: Tensors, stats: Tensors, *, trained: bool) -> None:
@@ -140,15 +143,17 @@ class Rounds:
 
     def remaining(self) -> list[RoundKey]:
         """Rounds still to do, the open one first."""
-        last = self._settings.rounds
-        keys = [RoundKey(Phase.TRAIN, n) for n in range(1, last + 1)]
-        passes = self._settings.calibration_passes
-        keys += [RoundKey(Phase.CALIBRATE, last, s) for s in range(1, passes + 1)]
-        seen = {_key(r): r.state for r in self._registry.rounds()}
-        left = [key for key in keys if key not in seen]
-        if self._calibrated and not any(key.phase is Phase.TRAIN for key in left):
-            left = []
-        return [key for key, state in seen.items() if state is RoundState.OPEN] + left
+        last, passes = self._settings.rounds, self._settings.calibration_passes
+        seen = {_key(r): r for r in self._registry.rounds()}
+        left = [
+            RoundKey(Phase.TRAIN, number, tries)
+            for number in range(1, last + 1)
+            if (tries := _tries(seen.values(), number)) is not None
+        ]
+        if left or not self._calibrated:
+            steps = (RoundKey(Phase.CALIBRATE, last, s) for s in range(1, passes + 1))
+            left += [key for key in steps if key not in seen]
+        return [key for key, r in seen.items() if r.state is RoundState.OPEN] + left
 
     # ---- asking
 
@@ -308,7 +313,18 @@ class Rounds:
         )
         if mask is not None:
             self._events.emit("remask", round=key.number, mask_version=mask.version)
+        if key.phase is Phase.TRAIN:
+            self._give_up_on_silence(key, trained=metrics["trained"])
         return metrics | {"phase": key.phase.value, "round": key.number, "step": key.step}
+
+    def _give_up_on_silence(self, key: RoundKey, trained: int) -> None:
+        """A round that nobody trained in is tried again, but not for ever."""
+        self._silent = 0 if trained else self._silent + 1
+        if self._silent >= TRIES:
+            raise TransportError(
+                f"round {key.number}: no device has trained in {TRIES} tries; "
+                "`fleetprune coordinator status` says what they reported"
+            )
 
     def _bounds(self, samples: Iterable[int]) -> Bounds:
         start = {
@@ -376,6 +392,14 @@ class Rounds:
             extra={"calibrated": np.array([self._calibrated])}
             | {f"{_NORM}{name}": np.array([norm]) for name, norm in self._norms.items()},
         )
+
+
+def _tries(records: Iterable[RoundRecord], number: int) -> int | None:
+    """How often a training round was tried in vain; None: it is open or done."""
+    tries = [r for r in records if r.phase is Phase.TRAIN and r.number == number]
+    if any(r.state is RoundState.OPEN or r.metrics.get("trained") for r in tries):
+        return None
+    return len(tries)
 
 
 def _key(record: RoundRecord) -> RoundKey:

@@ -108,13 +108,15 @@ def server_app(strategy: NestedStrategy, rounds: Rounds, timeout_s: float) -> Se
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         # A round may turn out to be the last before its number is up (calibration that has
-        # settled); Flower's loop then finds no messages to send, which takes no time.
-        strategy.start(
-            grid=grid,
-            initial_arrays=strategy.arrays(),
-            num_rounds=len(rounds.remaining()),
-            timeout=timeout_s,
-        )
+        # settled); Flower's loop then finds no messages to send, which takes no time. Or there
+        # are more than were counted, because one is tried again.
+        while left := rounds.remaining():
+            strategy.start(
+                grid=grid,
+                initial_arrays=strategy.arrays(),
+                num_rounds=len(left),
+                timeout=timeout_s,
+            )
 
     return app
 

@@ -11,7 +11,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from fleetprune.errors import ConfigError
-from fleetprune.messages import Enrol
+from fleetprune.messages import Enrol, Telemetry
 from fleetprune_coordinator.commands import app
 from fleetprune_coordinator.config import load_fleet_config
 from fleetprune_coordinator.coordinator import Coordinator
@@ -88,7 +88,7 @@ def test_status_before_the_first_start(config):
     assert not (state / "registry.db").exists()
 
 
-def test_status_fits_a_terminal(config, monkeypatch):
+def test_status_fits_a_terminal_and_tells_what_devices_report(config, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     call("init", config=config)
     with start(config) as coordinator:
@@ -103,8 +103,12 @@ def test_status_fits_a_terminal(config, monkeypatch):
                     rss_mb=101.6,
                 )
             )
+        coordinator.registry.record_telemetry(
+            Telemetry(device="greenhouse-north-1", device_class="hub", error="release 1: too slow")
+        )
     done = call("status", config=config)
     assert done.exit_code == 0, done.exception
+    assert done.stdout.endswith("\ngreenhouse-north-1: release 1: too slow\n")
     lines = done.stdout.splitlines()
     assert lines[0] == "f: round 0 of 20; release 0"
     assert max(len(line) for line in lines) <= 80

@@ -5,11 +5,14 @@ import time
 import numpy as np
 import pytest
 
-from fleetprune.messages import Codec, ResultHeader
+from fleetprune.errors import TransportError
+from fleetprune.messages import Codec, ResultHeader, TaskKind
 from fleetprune.result import encode_result
 from fleetprune.update import SparseUpdate
 from fleetprune_coordinator.coordinator import Coordinator
 from fleetprune_coordinator.events import EventLog
+from fleetprune_coordinator.records import Phase
+from fleetprune_coordinator.rounds import RoundKey
 from fleetprune_sim.loop import open_coordinator
 from tests.simulations.fleets import tiny_config, tiny_devices
 
@@ -201,6 +204,34 @@ def test_where_no_device_answers_the_model_stays(coordinator):
         np.testing.assert_array_equal(rounds.model.params[name], old)
 
 
+def test_a_round_that_nobody_trained_in_is_tried_again_and_given_up_in_the_end(coordinator):
+    rounds = coordinator.rounds
+    before = weights(coordinator)
+    for attempt in (0, 1):
+        asked = rounds.begin()
+        assert all(f".t1.{attempt}." in a.task.task for a in asked)
+        assert rounds.finish([])["trained"] == 0
+    rounds.begin()
+    with pytest.raises(
+        TransportError,
+        match=r"^round 1: no device has trained in 3 tries; "
+        r"`fleetprune coordinator status` says what they reported$",
+    ):
+        rounds.finish([])
+    assert rounds.remaining()[0] == RoundKey(Phase.TRAIN, 1, 3)
+    for name, old in before.items():
+        np.testing.assert_array_equal(rounds.model.params[name], old)
+
+
+def test_one_answer_after_silence_is_enough(coordinator):
+    rounds = coordinator.rounds
+    rounds.begin()
+    rounds.finish([])
+    (task,) = [a.task for a in rounds.begin() if a.task.device == "d0"]
+    assert rounds.finish([answer(coordinator, task)])["trained"] == 1
+    assert rounds.remaining()[0] == RoundKey(Phase.TRAIN, 2)
+
+
 def test_an_open_round_is_taken_up_with_the_same_tasks(coordinator):
     asked = [(a.node_id, a.task, a.model) for a in coordinator.rounds.begin()]
     again = [(a.node_id, a.task, a.model) for a in coordinator.rounds.begin()]
@@ -217,7 +248,8 @@ def test_a_task_that_was_refused_is_not_asked_again(coordinator):
 def test_an_open_round_is_finished_before_a_longer_training(tmp_path):
     def answered(opened):
         asked = opened.rounds.begin()
-        opened.rounds.finish([])
+        trained = [a.task for a in asked if a.task.kind is TaskKind.TRAIN]
+        opened.rounds.finish(answer(opened, task) for task in trained)
         return {(a.task.round, a.task.kind.value) for a in asked}
 
     with open_coordinator(tiny_config(tmp_path, rounds=1), tiny_devices()) as opened:
