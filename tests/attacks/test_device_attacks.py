@@ -31,7 +31,8 @@ def tasks(coordinator, kind):
         found = [a.task for a in coordinator.rounds.begin()]
         if found[0].kind is kind:
             return found
-        coordinator.rounds.finish([])
+        nothing = np.zeros(size(coordinator, found[0]), np.float32)
+        coordinator.rounds.finish([answer(coordinator, found[0], values=nothing)])
 
 
 def raw(task, **fields):
