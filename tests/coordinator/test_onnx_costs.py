@@ -7,6 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fleetprune.costs import Costs, costs
 from fleetprune.errors import GraphError
+from fleetprune_coordinator.graphs import export_infer
 from fleetprune_coordinator.onnx_costs import SLACK_BYTES, file_costs, overhead_bytes
 from fleetprune_coordinator.resize import resize
 from fleetprune_coordinator.tracing import trace
@@ -60,9 +61,6 @@ def test_it_is_the_analytic_figure():
 
 @pytest.mark.parametrize("net", nets.GROUPS, ids=lambda f: f.__name__)
 def test_exported_files_cost_what_was_computed(net):
-    graphs = pytest.importorskip("fleetprune_coordinator.graphs")
-    if not hasattr(graphs, "export_infer"):
-        pytest.skip("no exporter in this installation")
     model, example = nets.make(net)
     architecture = trace(model, example)
     # Exported as chains of operators whose memory is bounded, not counted.
@@ -70,7 +68,7 @@ def test_exported_files_cost_what_was_computed(net):
     rng = np.random.default_rng(0)
 
     def export(model, example):
-        return graphs.export_infer(model, example).onnx
+        return export_infer(model, example).onnx
 
     overhead = overhead_bytes(model, architecture, example, export)
     architecture = architecture.model_copy(update={"overhead_bytes": overhead})
