@@ -174,6 +174,7 @@ class Server:
         self._last = now
         # A training may last longer than signed metadata live, and devices look at both.
         self._coordinator.repository.refresh_timestamp()
+        self._registry.collect_garbage()  # answers of closed rounds would fill the disk
         self.check_stop()
 
     def count_traffic(self, round_: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from fleetprune.messages import Progress
 from fleetprune.mqtt import BrokerSettings
 from fleetprune.result import decode_result
 from fleetprune.update import decode_update
-from fleetprune_agent.agent import REFUSED, STOPPED, Agent
+from fleetprune_agent.agent import INBOX, REFUSED, STOPPED, Agent
 from fleetprune_agent.config import AgentConfig, NpzData
 from fleetprune_agent.state import locked
 
@@ -93,6 +93,16 @@ def offer(hub: Hub, shelf: Shelf) -> None:
         else:
             hub.blobs[name] = data
     hub.repository.bump()
+
+
+def test_a_flood_of_messages_does_not_take_the_memory(device, caplog):
+    agent = Agent(device.config)
+    for _ in range(INBOX + 1):
+        agent._note(f"fleetprune/{FLEET}/down/d1/task", bytes(1000))
+    assert agent._events.qsize() == INBOX
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{INBOX} messages are waiting: one on task is dropped"
+    ]
 
 
 def test_a_device_s_life(hub, device, repository):
