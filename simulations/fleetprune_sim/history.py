@@ -1,0 +1,118 @@
+"""What happened in a simulated training, round by round: one SQLite file per run."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from sqlite_utils import Database
+
+FILE = "history.db"
+"""Name of the file in a run's folder."""
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """One device class in one round; training rounds have step 0 unless they were tried again."""
+
+    number: int
+    phase: str
+    """`train` or `calibrate`"""
+    step: int
+    device_class: str
+    tasks: int
+    answers: int
+    """that came in time"""
+    late: int
+    """that came after the round was closed"""
+    lost: int
+    """devices that fell silent in mid-round"""
+    up_bytes: int
+    """payload of results, as encoded"""
+    down_bytes: int
+    """payload of tasks, models and graphs, as encoded"""
+    virtual_s: float
+    """how long the round took by the fleet's clock, the same for every class"""
+    energy_j: float
+    """of all devices of the class"""
+    wall_s: float
+    """how long it took to simulate, the same for every class"""
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """One device class's model after a training round, on the validation set."""
+
+    round: int
+    device_class: str
+    accuracy: float
+    loss: float
+    """mean cross-entropy"""
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """One simulated device."""
+
+    device: str
+    device_class: str
+    samples: int
+    label_counts: str
+    """JSON list, one count per label"""
+
+
+Row = TypeVar("Row", RoundRow, EvaluationRow, DeviceRow)
+_TABLES: dict[type[Any], tuple[str, tuple[str, ...]]] = {
+    RoundRow: ("rounds", ("number", "phase", "step", "device_class")),
+    EvaluationRow: ("evaluations", ("round", "device_class")),
+    DeviceRow: ("devices", ("device",)),
+}
+
+_COLUMN: dict[str, type[Any]] = {"int": int, "str": str, "float": float}
+
+
+class History:
+    """Rows by kind; writing one again replaces it, so that a round may be told twice."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file, or make it."""
+        self._db = Database(path)
+        self._db.enable_wal()
+        for kind, (table, key) in _TABLES.items():
+            columns = {f.name: _COLUMN[str(f.type)] for f in fields(kind)}
+            self._db.table(table).create(columns, pk=key, if_not_exists=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def write(self, rows: Iterable[Row]) -> None:
+        """Add rows of one kind, in one transaction."""
+        rows = list(rows)
+        if rows:
+            table, key = _TABLES[type(rows[0])]
+            self._db.table(table).upsert_all((asdict(row) for row in rows), pk=key)
+
+    def read(self, kind: type[Row]) -> list[Row]:
+        """All rows of a kind, in the order of their key."""
+        table, key = _TABLES[kind]
+        names = [f.name for f in fields(kind)]
+        query = f"select {', '.join(names)} from {table} order by {', '.join(key)}"  # noqa: S608
+        return [kind(*row) for row in self._db.execute(query).fetchall()]
+
+
+def cells(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
+    """Rows as tuples, their names first: what a CSV file holds."""
+    return [tuple(f.name for f in fields(rows[0])), *map(astuple, rows)] if rows else []
