@@ -69,8 +69,6 @@ _TABLES: dict[type[Any], tuple[str, tuple[str, ...]]] = {
     DeviceRow: ("devices", ("device",)),
 }
 
-_COLUMN: dict[str, type[Any]] = {"int": int, "str": str, "float": float}
-
 
 class History:
     """Rows by kind; writing one again replaces it, so that a round may be told twice."""
@@ -80,7 +78,7 @@ class History:
         self._db = Database(path)
         self._db.enable_wal()
         for kind, (table, key) in _TABLES.items():
-            columns = {f.name: _COLUMN[str(f.type)] for f in fields(kind)}
+            columns: dict[str, Any] = {f.name: f.type for f in fields(kind)}
             self._db.table(table).create(columns, pk=key, if_not_exists=True)
 
     def __enter__(self) -> Self:
