@@ -72,6 +72,8 @@ class Memory:
 
     def left_out(self, mask_version: int, shape: str, residual: NDArray[np.float32]) -> "Memory":
         """With the (P,) residual of another mask, shape or update."""
+        if not residual.any():  # a codec that loses nothing: zeros need no room
+            residual = np.zeros(0, np.float32)
         return replace(self, mask_version=mask_version, shape=shape, residual=residual)
 
 
@@ -112,6 +114,31 @@ class _Header(Message):
     tasks: tuple[Name, ...] = Field(max_length=KEPT_ANSWERS)
 
 
+def encode_memory(memory: Memory) -> bytes:
+    """The whole of a memory as one frame."""
+    header = _Header(
+        mask_version=memory.mask_version, model_shape=memory.shape, tasks=tuple(memory.answers)
+    )
+    sections = {f"answer{i}": data for i, data in enumerate(memory.answers.values())}
+    sections["residual"] = memory.residual.astype("<f4").tobytes()
+    return encode_frame(_KIND, header.to_bytes(), sections)
+
+
+def decode_memory(data: bytes) -> Memory:
+    """What `encode_memory` was given; `EMPTY` if `data` is damaged or of another version."""
+    try:
+        head, sections = decode_frame(data, _KIND)
+        header = _Header.from_bytes(head)
+        return Memory(
+            header.mask_version,
+            header.model_shape,
+            np.frombuffer(sections["residual"], "<f4").astype(np.float32),
+            {task: sections[f"answer{i}"] for i, task in enumerate(header.tasks)},
+        )
+    except (FleetpruneError, ValidationError, KeyError, ValueError):
+        return EMPTY
+
+
 class OnDisk:
     """A store of one file; nothing is kept in RAM between tasks."""
 
@@ -122,24 +149,10 @@ class OnDisk:
     def load(self) -> Memory:
         """The last one saved; `EMPTY` if the file is missing, damaged or of another version."""
         try:
-            head, sections = decode_frame(self.path.read_bytes(), _KIND)
-            header = _Header.from_bytes(head)
-            return Memory(
-                header.mask_version,
-                header.model_shape,
-                np.frombuffer(sections["residual"], "<f4").astype(np.float32),
-                {task: sections[f"answer{i}"] for i, task in enumerate(header.tasks)},
-            )
-        except (OSError, FleetpruneError, ValidationError, KeyError, ValueError):
+            return decode_memory(self.path.read_bytes())
+        except OSError:
             return EMPTY
 
     def save(self, memory: Memory) -> None:
-        """Replace the file; OSError if the disk refuses (the old one then still stands)."""
-        header = _Header(
-            mask_version=memory.mask_version,
-            model_shape=memory.shape,
-            tasks=tuple(memory.answers),
-        )
-        sections = {f"answer{i}": data for i, data in enumerate(memory.answers.values())}
-        sections["residual"] = memory.residual.astype("<f4").tobytes()
-        write_atomic(self.path, encode_frame(_KIND, header.to_bytes(), sections))
+        """Replace the file; InstallError if the disk refuses (the old one then still stands)."""
+        write_atomic(self.path, encode_memory(memory))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,13 +53,28 @@ def run_graph(session: Session, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
     Raises:
         GraphError: The runtime refuses the inputs or fails.
     """
-    wanted = {i.name for i in session.get_inputs()}
-    names = [o.name for o in session.get_outputs()]
+    wanted, names = _names(session)
     try:
         outputs = session.run(names, {k: v for k, v in feeds.items() if k in wanted})
     except Exception as e:  # onnxruntime's own exceptions have no common base but this
         raise GraphError(f"onnxruntime: {str(e).splitlines()[0][:300]}") from e
     return dict(zip(names, outputs, strict=True))
+
+
+_known_names: WeakKeyDictionary[Session, tuple[frozenset[str], list[str]]] = WeakKeyDictionary()
+"""Of sessions in use: asking onnxruntime takes as long as a small network's step."""
+
+
+def _names(session: Session) -> tuple[frozenset[str], list[str]]:
+    """Names of a session's inputs and outputs."""
+    known = _known_names.get(session)
+    if known is None:
+        known = (
+            frozenset(i.name for i in session.get_inputs()),
+            [o.name for o in session.get_outputs()],
+        )
+        _known_names[session] = known
+    return known
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,6 +55,7 @@ def train(
     rng: np.random.Generator,
     proximal: float = 0.0,
     prior: NDArray[np.float32] | None = None,
+    after_step: Callable[[Arrays], None] | None = None,
     stopped: Callable[[], bool] = never,
 ) -> Trained:
     """Train for some epochs, each step with one of several graphs, drawn evenly.
@@ -75,6 +76,8 @@ def train(
             `w -= learning_rate * proximal * (w - start)` (FedProx, Li et al. 2020, decoupled as
             AdamW decouples weight decay).
         prior: (classes,) for graphs that adjust logits; see `log_frequencies`.
+        after_step: Told of `params`, `momentum` and `stats` after each step; may change them in
+            place, for instance to hold some weights at zero.
         stopped: Asked before each step.
 
     Returns:
@@ -113,6 +116,8 @@ def train(
             state = {k: out.get(f"{k}_out", v) for k, v in state.items()}
             if pull:
                 state["params"] -= pull * (state["params"] - payload.params)
+            if after_step is not None:
+                after_step(state)
             if "taylor" in out:
                 score = out["taylor"].astype(np.float64)
                 taylor = score if taylor is None else taylor + score

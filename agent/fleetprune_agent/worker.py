@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetprune.errors import DataError, GraphError, MessageError, TransportError, WireError
-from fleetprune.messages import Blob, GraphRef, ResultHeader, Task, TaskKind
+from fleetprune.messages import Blob, Codec, GraphRef, ResultHeader, Task, TaskKind
 from fleetprune.model_payload import ModelPayload, decode_model
 from fleetprune.result import encode_result
 from fleetprune.update import SparseUpdate, decode_update, top_k
@@ -77,6 +77,7 @@ class Worker:
         *,
         source: TaskSource | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        memory_mb: Callable[[], float] = rss_mb,
         stopped: Callable[[], bool] = never,
     ) -> None:
         """Make a worker.
@@ -88,11 +89,12 @@ class Worker:
             answers: Where residual and answers are kept; its own.
             source: Where graphs and models come from, unless `handle` is given another.
             clock: Seconds; how long work took goes into the answer.
+            memory_mb: Memory of this process; goes into the answer.
             stopped: Asked between steps; True ends a task with StoppedError.
         """
         self.settings, self.samples, self.graphs = settings, samples, graphs
         self._answers, self._source, self._clock = answers, source or _Closed(), clock
-        self._stopped = stopped
+        self._memory_mb, self._stopped = memory_mb, stopped
 
     def answer(self, task: str) -> bytes | None:
         """The stored answer to a task; None if it has not been answered, or long ago."""
@@ -174,24 +176,25 @@ class Worker:
         return graph
 
     def _payload(self, task: Task, source: TaskSource, graph: Graph) -> ModelPayload:
-        meta = graph.meta
-        most = 4 * (meta.parameters + meta.statistics) + FRAME_BYTES
+        most = self._longest(graph)
         if task.model.size > most:  # before it is fetched: it would fill the disk
             raise WireError(f"model of {task.model.size} bytes, expected at most {most}")
-        data = source.model(task.model)
-        got = (hashlib.sha256(data).hexdigest(), len(data))
-        if got != (task.model.sha256, task.model.size):
-            raise WireError(
-                f"model of {got[1]} bytes with SHA-256 {got[0]}, "
-                f"expected {task.model.size} bytes with {task.model.sha256}"
-            )
-        payload = decode_model(data, parameters=meta.parameters, statistics=meta.statistics)
+        payload = self._decode(fetch_model(task.model, source), task, graph)
         if (payload.mask_version, payload.round) != (task.mask_version, task.round):
             raise WireError(
                 f"model of mask version {payload.mask_version} and round {payload.round}, "
                 f"expected {task.mask_version} and {task.round}"
             )
         return payload
+
+    def _longest(self, graph: Graph) -> int:
+        """Bytes that a model of the graph's shape has at most."""
+        return 4 * (graph.meta.parameters + graph.meta.statistics) + FRAME_BYTES
+
+    def _decode(self, data: bytes, task: Task, graph: Graph) -> ModelPayload:
+        """A task's model from its frame; HostileInputError if it is not of the graph's shape."""
+        meta = graph.meta
+        return decode_model(data, parameters=meta.parameters, statistics=meta.statistics)
 
     def _train(
         self,
@@ -201,7 +204,7 @@ class Worker:
         memory: Memory,
         started: float,
     ) -> tuple[Memory, bytes]:
-        order, choice, rounding = _streams(task)
+        order, choice, rounding = streams(task)
         batches = Batches(self.samples.x, self.samples.y, graphs[0].meta.batch or 1, order)
         trained = train(
             [g.session for g in graphs],
@@ -222,7 +225,7 @@ class Worker:
         require_finite("update", total)
         update, left_out = lossy(total, task, rounding)
         sections = {"stats": trained.stats} if trained.stats.size else {}
-        if trained.taylor is not None:
+        if trained.taylor is not None and task.scores:
             sections["taylor"] = trained.taylor
         header = self._header(task, seconds, steps=trained.steps, loss=trained.loss)
         answer = encode_result(header, sections, update)
@@ -250,7 +253,8 @@ class Worker:
         batches = Batches(self.samples.x, self.samples.y, graph.meta.batch or 1)
         seen = observe(graph.session, payload, batches, self._watch(task, started))
         header = self._header(task, self._clock() - started, correct=seen.correct)
-        return encode_result(header, seen.sums, None)
+        sums = {n: v for n, v in seen.sums.items() if task.scores or n != "sumsq"}
+        return encode_result(header, sums, None)
 
     def _header(
         self,
@@ -272,8 +276,20 @@ class Worker:
             loss=loss,
             correct=correct,
             train_s=max(0.0, round(seconds, 4)),
-            rss_mb=round(rss_mb(), 1),
+            rss_mb=round(self._memory_mb(), 1),
         )
+
+
+def fetch_model(blob: Blob, source: TaskSource) -> bytes:
+    """The bytes that a task names; WireError if the source has others."""
+    data = source.model(blob)
+    got = (hashlib.sha256(data).hexdigest(), len(data))
+    if got != (blob.sha256, blob.size):
+        raise WireError(
+            f"model of {got[1]} bytes with SHA-256 {got[0]}, "
+            f"expected {blob.size} bytes with {blob.sha256}"
+        )
+    return data
 
 
 def lossy(
@@ -293,11 +309,13 @@ def lossy(
     values = total if positions is None else total[positions]
     update = SparseUpdate(task.mask_version, total.size, values, positions)
     encoded = update.encode(task.codec, rng)
+    if task.codec is Codec.FP32 and positions is None:
+        return encoded, np.zeros_like(total)
     sent = decode_update(encoded, mask_version=task.mask_version, size=total.size)
     return encoded, total - sent.dense()
 
 
-def _streams(task: Task) -> list[np.random.Generator]:
+def streams(task: Task) -> list[np.random.Generator]:
     """Independent generators for order, graphs and rounding, of the task's seed and device."""
     name = int.from_bytes(hashlib.blake2b(task.device.encode(), digest_size=8).digest())
     return [np.random.default_rng(s) for s in np.random.SeedSequence([task.seed, name]).spawn(3)]

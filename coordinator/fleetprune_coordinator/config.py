@@ -111,6 +111,8 @@ class TrainingConfig(Section):
     mutual_weight: float = Field(default=0.5, ge=0)
     """Of what the narrower model teaches back."""
     calibration_passes: int = Field(default=8, ge=0)
+    calibration_devices: int = Field(default=64, ge=0)
+    """How many devices the statistics come from, the same in every pass; 0: all."""
     calibrate_with: Literal["class", "covering"] = "covering"
     """Whose samples a class's statistics come from: its own devices', or also those of every
     device whose model contains the class's."""
@@ -195,6 +197,8 @@ class FleetConfig(Section):
     """Cuts at once unless it says otherwise."""
     pruning: PruningConfig = Field(default_factory=PruningConfig)
     classes: dict[Name, ClassConfig] = Field(min_length=1)
+    simulation: dict[str, Any] = Field(default_factory=dict)
+    """For `fleetprune simulate` alone, which checks it."""
 
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
 

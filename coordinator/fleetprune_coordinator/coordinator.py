@@ -27,6 +27,7 @@ from fleetprune_coordinator.graph_library import GraphLibrary, StepOptions
 from fleetprune_coordinator.graphs import export_infer
 from fleetprune_coordinator.onnx_costs import overhead_bytes
 from fleetprune_coordinator.plan import Planner
+from fleetprune_coordinator.policy import Policy
 from fleetprune_coordinator.records import ReleaseRecord
 from fleetprune_coordinator.registry import Registry
 from fleetprune_coordinator.releases import ReleaseContent, ReleaseRepository
@@ -67,6 +68,9 @@ class Coordinator:
         now: Callable[[], float],
         events: EventLog,
         check_stop: Callable[[], None] = lambda: None,
+        *,
+        policy: Policy | None = None,
+        rounds: Callable[..., Rounds] = Rounds,
     ) -> None:
         """Open the fleet's state and trace its model.
 
@@ -76,6 +80,8 @@ class Coordinator:
             events: Where progress is told.
             check_stop: Called between steps that take long; what it raises ends the work, which
                 the next start takes up.
+            policy: What is sent and trained; None: ours.
+            rounds: The exchange with devices; makes one from the arguments of `Rounds`.
 
         Raises:
             ConfigError: The model or a file it names cannot be loaded, or there are no keys.
@@ -121,7 +127,7 @@ class Coordinator:
             ),
             check_stop=check_stop,
         )
-        self.rounds = Rounds(
+        self.rounds = rounds(
             config.training,
             self.architecture,
             self.planner,
@@ -129,6 +135,7 @@ class Coordinator:
             registry=self.registry,
             events=events,
             run=self.registry.run,
+            policy=policy,
         )
         params, stats = read(self.network)
         try:

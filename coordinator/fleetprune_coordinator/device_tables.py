@@ -1,6 +1,6 @@
 """The registry's part about devices: who they are, whether they are there, what they measured."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fleetprune.errors import RegistryError
@@ -77,6 +77,20 @@ class DeviceTables(Store):
                 {"id": node_id, "name": enrol.device, "enrolled_at": now, **row}
             )
             return node_id
+
+    def enrol_all(self, enrols: Iterable[Enrol]) -> None:
+        """Take in many devices in one transaction; see `enrol`."""
+        with self.transaction():
+            for enrol in enrols:
+                self.enrol(enrol)
+
+    def set_present(self, devices: Iterable[str]) -> None:
+        """Note that these devices are online, and no others."""
+        with self.transaction() as db:
+            self.set_all_offline()
+            db.conn.executemany(
+                "UPDATE devices SET online = 1 WHERE name = ?", [(name,) for name in devices]
+            )
 
     def devices(self, online: bool | None = None) -> list[DeviceRecord]:
         """Devices of the fleet's classes by node id; only those on or off line if told so."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -131,23 +131,19 @@ class GraphLibrary:
         self._made: dict[str, GraphRef] = {}
 
     def train_steps(
-        self, shapes: Mapping[str, KeepCounts], name: str, block: int
+        self, keep: KeepCounts, partners: Sequence[KeepCounts | None], block: int
     ) -> tuple[GraphRef, ...]:
-        """Training graphs of a class: one per self-distillation partner, or one without.
+        """Training graphs of a shape.
 
         Args:
-            shapes: Keep counts of all classes.
-            name: The class that trains.
+            keep: The shape that trains.
+            partners: Shapes within it that it teaches by distillation, one per graph; None: none.
             block: Channel block of the device's runtime; 0: portable operators.
 
         Returns:
-            References to the published graphs.
+            References to the published graphs, one per partner.
         """
-        wide = shapes[name]
-        students = narrower(shapes, name) if self._options.distill_weight > 0 else []
-        if not students:
-            return (self._train_step(wide, None, block),)
-        return tuple(self._train_step(wide, student, block) for student in students)
+        return tuple(self._train_step(keep, partner, block) for partner in partners)
 
     def observe(self, keep: KeepCounts) -> GraphRef:
         """The graph that sums squares and BatchNorm moments for a shape."""

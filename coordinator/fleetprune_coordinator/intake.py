@@ -48,47 +48,64 @@ class Intake:
         """How many answers were added."""
         return len(self._done)
 
+    @property
+    def trained(self) -> int:
+        """How many of them were those of devices that trained."""
+        return sum(self.aggregate.counts.values())
+
+    def answered(self, task: str) -> bool:
+        """Whether the answer to a task was added."""
+        return task in self._done
+
     def add(self, result: Result, tasks: Mapping[str, Task], samples: Mapping[str, int]) -> None:
         """Add one answer; nothing is added when it raises."""
         header = result.header
         task = self._match(header, tasks)
-        keep = self._model.shapes[task.shape]
         # A device's own word decides its weight, so it is bounded by what it enrolled with.
         weight = self._bounds.weight(min(header.samples, max(1, samples.get(task.device, 1))))
-        vectors = result.vectors
         if task.kind is TaskKind.TRAIN:
-            size = self.aggregate.size(task.shape)
-            if result.update is None:
-                raise MessageError(f"answer to {task.task} has no update, expected {size} values")
-            update = decode_update(result.update, mask_version=task.mask_version, size=size)
-            if "stats" in vectors:
-                self._trained[task.shape].check(vectors["stats"])
-            if "taylor" in vectors and header.steps:
-                self._ledger.add_taylor(keep, vectors["taylor"], header.steps, weight)
-            if "stats" in vectors:
-                self._trained[task.shape].add(vectors["stats"], weight)
-            change = self._bounds.update(task.shape, update.dense())
-            self.aggregate.add(task.shape, change, weight)
+            self._add_trained(task, result, weight)
             if header.loss is not None:
                 self._loss += weight * header.loss
                 self._weight += weight
         else:
-            sums = [vectors[name] for name in MOMENTS if name in vectors]
-            if sums and len(sums) != len(MOMENTS):
-                raise MessageError(
-                    f"answer to {header.task} has {len(sums)} of the sections {', '.join(MOMENTS)}"
-                )
-            if sums:
-                self._moments[task.shape].check(*sums)
-            if "sumsq" in vectors:
-                self._ledger.add_sumsq(keep, vectors["sumsq"], header.samples)
-            if sums:
-                self._moments[task.shape].add(*sums)
-            if header.correct is not None:
-                right = self._right.setdefault(task.shape, [0, 0])
-                right[0] += min(header.correct, header.samples)
-                right[1] += header.samples
+            self._add_observed(task, result)
         self._done.add(task.task)
+
+    def _add_trained(self, task: Task, result: Result, weight: float) -> None:
+        size = self.aggregate.size(task.shape)
+        if result.update is None:
+            raise MessageError(f"answer to {task.task} has no update, expected {size} values")
+        update = decode_update(result.update, mask_version=task.mask_version, size=size)
+        vectors, steps = result.vectors, result.header.steps
+        if "stats" in vectors:
+            self._trained[task.shape].check(vectors["stats"])
+        if "taylor" in vectors and steps:
+            keep = self._model.shapes[task.shape]
+            self._ledger.add_taylor(keep, vectors["taylor"], steps, weight)
+        if "stats" in vectors:
+            self._trained[task.shape].add(vectors["stats"], weight)
+        change = self._bounds.update(task.shape, update.dense())
+        self.aggregate.add(task.shape, change, weight)
+
+    def _add_observed(self, task: Task, result: Result) -> None:
+        header, vectors = result.header, result.vectors
+        sums = [vectors[name] for name in MOMENTS if name in vectors]
+        if sums and len(sums) != len(MOMENTS):
+            raise MessageError(
+                f"answer to {header.task} has {len(sums)} of the sections {', '.join(MOMENTS)}"
+            )
+        if sums:
+            self._moments[task.shape].check(*sums)
+        if "sumsq" in vectors:
+            keep = self._model.shapes[task.shape]
+            self._ledger.add_sumsq(keep, vectors["sumsq"], header.samples)
+        if sums:
+            self._moments[task.shape].add(*sums)
+        if header.correct is not None:
+            right = self._right.setdefault(task.shape, [0, 0])
+            right[0] += min(header.correct, header.samples)
+            right[1] += header.samples
 
     def _match(self, header: ResultHeader, tasks: Mapping[str, Task]) -> Task:
         task = tasks.get(header.task)
@@ -116,7 +133,7 @@ class Intake:
         """Counts and means for people."""
         return {
             "answers": self.answers,
-            "trained": sum(self.aggregate.counts.values()),
+            "trained": self.trained,
             "refused": self.refused,
             "loss": round(self._loss / self._weight, 5) if self._weight else None,
             "accuracy": {name: round(r / n, 4) for name, (r, n) in self._right.items()},

@@ -24,12 +24,18 @@ MOST = 100.0
 class Criterion(StrEnum):
     """How the importance of a unit is measured."""
 
+    NONE = "none"
+    """The order in which the user's model has them: the control that any other must beat."""
     MAGNITUDE = "magnitude"
     """L2 norm of its weights: needs no device."""
     WANDA = "wanda"
     """Weights times activation norms: needs forward passes."""
     TAYLOR = "taylor"
     """Change of the loss when the unit goes: needs gradients."""
+
+
+MEASURED = frozenset({Criterion.TAYLOR, Criterion.WANDA})
+"""Criteria that need devices to have looked at the model."""
 
 
 class _Average:
@@ -188,6 +194,10 @@ class Ledger:
                 f"criterion {criterion}: no device has reported yet; "
                 f"close a round first, or start with magnitude"
             )
+        if criterion is Criterion.NONE:
+            return {
+                g: -np.arange(n, dtype=np.float32) for g, n in self._architecture.groups.items()
+            }
         if criterion is Criterion.TAYLOR:
             return {g: a.value.astype(np.float32) for g, a in self._taylor.items()}
         if criterion is Criterion.WANDA:

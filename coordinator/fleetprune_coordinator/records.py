@@ -14,6 +14,8 @@ from fleetprune.messages import Task, Telemetry
 class Phase(StrEnum):
     """What a round is for."""
 
+    SCORE = "score"
+    """Before the first training round of a model that comes trained: which units matter."""
     TRAIN = "train"
     CALIBRATE = "calibrate"
     """Forward passes only: BatchNorm statistics, activation sums, accuracy."""

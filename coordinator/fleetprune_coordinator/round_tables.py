@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fleetprune.errors import RegistryError
-from fleetprune.messages import Task
+from fleetprune.messages import Blob, Task
 from fleetprune_coordinator.records import (
     MaskRecord,
     Phase,
@@ -108,44 +108,24 @@ class RoundTables(Store):
                 [number, phase.value, step, mask_version, record.started_at],
             ).lastrowid
             devices = {r["name"]: r["id"] for r in self.query("SELECT name, id FROM devices")}
+            blobs: dict[bytes, Blob] = {}
             for task, model in tasks:
-                self._add_task(round_id, record, devices.get(task.device), task, model)
+                if model not in blobs:
+                    blobs[model] = self.put_blob(model)
+            rows = [
+                _row(round_id, record, devices.get(task.device), task, blobs[model])
+                for task, model in tasks
+            ]
+            self._refuse_known([row["id"] for row in rows])
+            db.table("tasks").insert_all(rows)
             return record
 
-    def _add_task(
-        self, round_id: int | None, of: RoundRecord, node_id: int | None, task: Task, model: bytes
-    ) -> None:
-        if node_id is None:
-            raise RegistryError(f"task {task.task}: device {task.device} is not enrolled")
-        if (task.round, task.mask_version) != (of.number, of.mask_version):
-            raise RegistryError(
-                f"task {task.task}: round {task.round} and mask {task.mask_version}, "
-                f"expected {of.number} and {of.mask_version}"
-            )
-        with self.transaction() as db:
-            blob = self.put_blob(model)
-            if blob != task.model:
-                raise RegistryError(
-                    f"task {task.task}: model {task.model.sha256} of {task.model.size} bytes, "
-                    f"but was given {blob.sha256} of {blob.size}"
-                )
-            if db.table("tasks").count_where("id = ?", [task.task]):
-                raise RegistryError(f"task {task.task} is already stored")
-            db.table("tasks").insert(
-                {
-                    "id": task.task,
-                    "round": round_id,
-                    "device": node_id,
-                    "json": task.to_bytes().decode(),
-                    "model": blob.sha256,
-                    "state": TaskState.OPEN.value,
-                    "reason": "",
-                    "announced_at": of.started_at,
-                    "deadline": of.started_at + task.deadline_s,
-                    "up_bytes": 0,
-                    "down_bytes": blob.size,
-                }
-            )
+    def _refuse_known(self, ids: Sequence[str]) -> None:
+        seen: set[str] = set()
+        for task in ids:
+            if task in seen or self.first("SELECT id FROM tasks WHERE id = ?", [task]):
+                raise RegistryError(f"task {task} is already stored")
+            seen.add(task)
 
     def open_round(self) -> RoundRecord | None:
         """The round to resume; None if the last one was closed."""
@@ -318,6 +298,37 @@ class RoundTables(Store):
 
 def _title(record: RoundRecord) -> str:
     return f"round {record.number} {record.phase.value} step {record.step}"
+
+
+def _row(
+    round_id: int | None, of: RoundRecord, node_id: int | None, task: Task, blob: Blob
+) -> dict[str, Any]:
+    """A new task's row; RegistryError if it does not belong to the round or the model."""
+    if node_id is None:
+        raise RegistryError(f"task {task.task}: device {task.device} is not enrolled")
+    if (task.round, task.mask_version) != (of.number, of.mask_version):
+        raise RegistryError(
+            f"task {task.task}: round {task.round} and mask {task.mask_version}, "
+            f"expected {of.number} and {of.mask_version}"
+        )
+    if blob != task.model:
+        raise RegistryError(
+            f"task {task.task}: model {task.model.sha256} of {task.model.size} bytes, "
+            f"but was given {blob.sha256} of {blob.size}"
+        )
+    return {
+        "id": task.task,
+        "round": round_id,
+        "device": node_id,
+        "json": task.to_bytes().decode(),
+        "model": blob.sha256,
+        "state": TaskState.OPEN.value,
+        "reason": "",
+        "announced_at": of.started_at,
+        "deadline": of.started_at + task.deadline_s,
+        "up_bytes": 0,
+        "down_bytes": blob.size,
+    }
 
 
 def _is_open(row: Mapping[str, Any]) -> bool:

@@ -7,17 +7,18 @@ any instant finds either no round, and plans it, or an open one, and waits for t
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fleetprune.errors import FleetpruneError, TransportError
 from fleetprune.layout import Architecture
-from fleetprune.messages import Blob, Task, TaskKind
+from fleetprune.messages import Blob, GraphRef, Task, TaskKind
 from fleetprune.model_payload import encode_model
-from fleetprune.result import decode_result
+from fleetprune.result import Result, decode_result
 from fleetprune_coordinator.bounds import Bounds, length
 from fleetprune_coordinator.cohort import choose
 from fleetprune_coordinator.config import TrainingConfig
@@ -25,8 +26,9 @@ from fleetprune_coordinator.events import EventLog
 from fleetprune_coordinator.fleet_model import FleetModel, Tensors, initial_model, remask
 from fleetprune_coordinator.graph_library import GraphLibrary
 from fleetprune_coordinator.intake import Intake
-from fleetprune_coordinator.ledger import Ledger
+from fleetprune_coordinator.ledger import MEASURED, Criterion, Ledger
 from fleetprune_coordinator.plan import Planner
+from fleetprune_coordinator.policy import Policy
 from fleetprune_coordinator.records import (
     DeviceRecord,
     MaskRecord,
@@ -79,6 +81,7 @@ class Rounds:
         registry: Registry,
         events: EventLog,
         run: str,
+        policy: Policy | None = None,
     ) -> None:
         """Prepare; call `start` next.
 
@@ -90,8 +93,10 @@ class Rounds:
             registry: Where everything is kept.
             events: Where progress is told.
             run: A name for this training, part of every task id.
+            policy: What is sent and trained; None: ours.
         """
         self._settings = settings
+        self._policy = policy or Policy()
         self._architecture = architecture
         self._planner = planner
         self._library = library
@@ -112,15 +117,18 @@ class Rounds:
         """
         architecture = self._architecture
         snapshot = self._registry.latest_snapshot()
+        self._scored_first = trained and self._settings.first_criterion in MEASURED
         if snapshot is None:
             scores = {g: np.zeros(n, np.float32) for g, n in architecture.groups.items()}
             self.ledger = Ledger(architecture, architecture.groups)
+            first = Criterion.MAGNITUDE if self._scored_first else self._settings.first_criterion
             if trained:
-                scores = self.ledger.scores(self._settings.first_criterion, params)
+                scores = self.ledger.scores(first, params)
             self.model = initial_model(architecture, params, stats, self._planner.shapes(1, scores))
             if trained:
                 self.model, _ = remask(architecture, self.model, scores, self.model.shapes)
             self.ledger = Ledger(architecture, self._smallest())
+            self._begin()
             self._registry.save_mask(self._mask(0), self._snapshot(0))
             return
         mask = self._registry.mask(snapshot.mask_version)
@@ -138,6 +146,17 @@ class Rounds:
             for name, value in snapshot.extra.items()
             if name.startswith(_NORM)
         }
+        self._resume(snapshot)
+
+    def _begin(self) -> None:
+        """What else a new training starts from; it goes into the first snapshot."""
+
+    def _resume(self, snapshot: Snapshot) -> None:
+        """Take up what `_extra` kept."""
+
+    def _extra(self) -> dict[str, NDArray[Any]]:
+        """What else the next round starts from, for the snapshot."""
+        return {}
 
     # ---- where we are
 
@@ -153,6 +172,9 @@ class Rounds:
         if left or not self._calibrated:
             steps = (RoundKey(Phase.CALIBRATE, last, s) for s in range(1, passes + 1))
             left += [key for key in steps if key not in seen]
+        score = RoundKey(Phase.SCORE, 0)
+        if self._scored_first and score not in seen:
+            left.insert(0, score)
         return [key for key, r in seen.items() if r.state is RoundState.OPEN] + left
 
     # ---- asking
@@ -166,7 +188,12 @@ class Rounds:
             self._library.observe(keep)
             trainers = [d for d in devices if d.device_class == name and d.trains]
             for block in sorted({0} | {d.block for d in trainers}) if trainers else ():
-                self._library.train_steps(self.model.shapes, name, block)
+                self._train_steps(name, block)
+
+    def _train_steps(self, name: str, block: int) -> tuple[GraphRef, ...]:
+        shapes = self.model.shapes
+        partners = self._policy.partners(self._settings, shapes, name)
+        return self._library.train_steps(shapes[name], partners, block)
 
     def begin(self) -> list[Assignment]:
         """Open the next round, or find the one that was open; empty when there is none left."""
@@ -183,6 +210,7 @@ class Rounds:
                 [(a.task, a.model) for a in planned],
                 step=key.step,
             )
+            return planned
         records = self._registry.tasks(key.number, key.phase, step=key.step)
         return [
             Assignment(r.node_id, r.task, self._registry.blob(r.task.model.sha256))
@@ -191,35 +219,63 @@ class Rounds:
         ]
 
     def _plan(self, key: RoundKey) -> list[Assignment]:
-        payloads: dict[str, bytes] = {}
-        for name in self.model.shapes:
-            params, stats = self.model.vectors(self._architecture, name)
-            payloads[name] = encode_model(
-                self.model.mask_version, key.number, params, stats, self._settings.down_codec
-            )
+        payloads: dict[tuple[str, bool], tuple[bytes, Blob]] = {}
+        graphs: dict[tuple[str, int], tuple[GraphRef, ...]] = {}
+
+        def train_steps(name: str, block: int) -> tuple[GraphRef, ...]:
+            if (name, block) not in graphs:
+                graphs[name, block] = self._train_steps(name, block)
+            return graphs[name, block]
+
         planned = []
         for device in self._cohort(key):
             for name in self._shapes_for(key, device):
-                task = self._task(key, device, name, payloads[name])
-                planned.append(Assignment(device.id, task, payloads[name]))
+                kind = (name, self._knows(device))
+                if kind not in payloads:
+                    model = self._payload(key, *kind)
+                    payloads[kind] = (model, Blob.of(model))
+                model, blob = payloads[kind]
+                task = self._task(key, device, name, blob, train_steps)
+                planned.append(Assignment(device.id, task, model))
         return planned
+
+    def _knows(self, device: DeviceRecord) -> bool:
+        """Whether a device has kept what the present mask version stands for."""
+        return False
+
+    def _payload(self, key: RoundKey, name: str, known: bool) -> bytes:
+        """The frame of a class's model as devices get it.
+
+        Args:
+            key: Of the round.
+            name: Of the class.
+            known: What `_knows` says of the device.
+        """
+        params, stats = self.model.vectors(self._architecture, name)
+        codec = self._settings.down_codec
+        return encode_model(self.model.mask_version, key.number, params, stats, codec)
 
     def _cohort(self, key: RoundKey) -> list[DeviceRecord]:
         devices = self._registry.devices(online=True) or self._registry.devices()
-        if key.phase is Phase.CALIBRATE:
-            return devices
+        if (
+            key.phase is Phase.SCORE
+        ):  # who holds less than the widest class knows nothing of the rest
+            widths = {name: sum(keep.values()) for name, keep in self.model.shapes.items()}
+            widest = max(widths.values())
+            devices = [d for d in devices if widths[d.device_class] == widest]
+        if key.phase is not Phase.TRAIN:
+            size = self._settings.calibration_devices or len(devices)
+            # The same devices in every pass: else no pass could tell that the last one settled.
+            rng = np.random.default_rng([self._settings.seed, self._settings.rounds + 1])
+            return choose(devices, size, rng, stratified=True)
         rng = np.random.default_rng([self._settings.seed, key.number])
-        return choose(
-            devices,
-            self._settings.devices_per_round,
-            rng,
-            stratified=self._settings.stratified,
-        )
+        size = self._settings.devices_per_round
+        return choose(devices, size, rng, stratified=self._settings.stratified)
 
     def _shapes_for(self, key: RoundKey, device: DeviceRecord) -> list[str]:
         """Shapes a device works on: its own; when calibrating also all that lie within it."""
         own = device.device_class
-        if key.phase is Phase.TRAIN or self._settings.calibrate_with == "class":
+        if key.phase is not Phase.CALIBRATE or self._settings.calibrate_with == "class":
             return [own]
         wide = self.model.shapes[own]
         return [
@@ -228,13 +284,22 @@ class Rounds:
             if all(keep[g] <= wide[g] for g in wide)
         ]
 
-    def _task(self, key: RoundKey, device: DeviceRecord, name: str, model: bytes) -> Task:
+    def _task(
+        self,
+        key: RoundKey,
+        device: DeviceRecord,
+        name: str,
+        model: Blob,
+        train_steps: Callable[[str, int], tuple[GraphRef, ...]],
+    ) -> Task:
         settings, shapes = self._settings, self.model.shapes
-        train = key.phase is Phase.TRAIN and device.trains
+        train = key.phase is not Phase.CALIBRATE and device.trains
+        if key.phase is Phase.SCORE and settings.first_criterion is Criterion.WANDA:
+            train = False
         place = list(shapes).index(name)
         if train:
-            graphs = self._library.train_steps(shapes, name, device.block)
-            portable = self._library.train_steps(shapes, name, 0) if device.block else ()
+            graphs = train_steps(name, device.block)
+            portable = train_steps(name, 0) if device.block else ()
         else:
             graphs, portable = (self._library.observe(shapes[name]),), ()
         seed = np.random.SeedSequence([settings.seed, key.number, key.step, device.id])
@@ -247,16 +312,22 @@ class Rounds:
             shape=name,
             graphs=graphs,
             portable=portable,
-            model=Blob.of(model),
+            model=model,
             epochs=settings.epochs,
             max_steps=settings.max_steps,
-            learning_rate=self._learning_rate(key.number),
+            learning_rate=0.0 if key.phase is Phase.SCORE else self._learning_rate(key.number),
             proximal=settings.proximal,
             seed=int(seed.generate_state(1)[0]),
             codec=settings.codec,
             top_k=settings.top_k,
+            scores=self._listens(key),
             deadline_s=settings.round_timeout_s,
         )
+
+    def _listens(self, key: RoundKey) -> bool:
+        if key.phase is Phase.TRAIN:
+            return self._policy.listens(self._settings, key.number)
+        return key.phase is Phase.SCORE
 
     def _learning_rate(self, number: int) -> float:
         """Cosine from the learning rate down to a share of it (Loshchilov and Hutter 2017)."""
@@ -289,10 +360,10 @@ class Rounds:
         }
         samples = {d.name: d.samples for d in self._registry.devices()}
         bounds = self._bounds(samples.get(task.device, 1) for task in tasks.values())
-        intake = Intake(self._architecture, self.model, self.ledger, bounds)
+        intake = self._intake(key, bounds)
         for answer in answers:
             try:
-                intake.add(decode_result(answer), tasks, samples)
+                intake.add(self._read(answer), tasks, samples)
             except FleetpruneError as e:
                 log.warning("an answer is refused: %s", e)
                 self._registry.add_event("refused", str(e))
@@ -301,7 +372,7 @@ class Rounds:
         self._norms = bounds.norms()
         if bounds.cut:
             log.warning("%d updates were cut: too long beside those before", bounds.cut)
-        mask = self._apply(key, intake)
+        mask = self._apply(key, intake, tasks.values())
         metrics = intake.metrics() | {"mask_version": self.model.mask_version}
         self._registry.close_round(
             key.number,
@@ -316,6 +387,14 @@ class Rounds:
         if key.phase is Phase.TRAIN:
             self._give_up_on_silence(key, trained=metrics["trained"])
         return metrics | {"phase": key.phase.value, "round": key.number, "step": key.step}
+
+    def _intake(self, key: RoundKey, bounds: Bounds) -> Intake:
+        """What adds up the answers of a round."""
+        return Intake(self._architecture, self.model, self.ledger, bounds)
+
+    def _read(self, answer: bytes) -> Result:
+        """An unverified answer, taken apart; HostileInputError if it cannot be."""
+        return decode_result(answer)
 
     def _give_up_on_silence(self, key: RoundKey, trained: int) -> None:
         """A round that nobody trained in is tried again, but not for ever."""
@@ -333,38 +412,46 @@ class Rounds:
         }
         return Bounds(self._settings.outlier, samples, self._norms, start)
 
-    def _apply(self, key: RoundKey, intake: Intake) -> MaskRecord | None:
-        """Move the state on; the new mask's record if the units were put in a new order."""
+    def _apply(self, key: RoundKey, intake: Intake, asked: Iterable[Task]) -> MaskRecord | None:
+        """Move the state on by the answers to the tasks `asked`; the record of a new mask."""
         model = self.model
         self._calibrated = False
         with np.errstate(over="ignore", invalid="ignore"):  # refused on the next lines
             deltas, _ = intake.aggregate.result()
             params = {name: model.params[name] + delta for name, delta in deltas.items()}
             stats = intake.statistics()
-        if not _finite(params, *stats.values()):
-            text = "a round's answers add up to values that are not finite; the model stays"
-            log.warning("%s", text)
-            self._registry.add_event("refused", text)
+        if not self._finite(params, *stats.values()):
             params, stats = model.params, dict(model.stats)
+        if key.phase is Phase.SCORE:
+            params = model.params  # what rounding made of changes of 0
         if key.phase is Phase.CALIBRATE and intake.answers:
             moved = _largest_move(model.stats, stats)
             self._calibrated = moved < CALIBRATED
             log.info("calibration step %d moved a mean by %.2g sd", key.step, moved)
         self.model = FleetModel(params, stats, model.shapes, model.origin, model.mask_version)
-        return self._remask(key.number) if self._remask_due(key) else None
+        if key.phase is Phase.CALIBRATE:
+            return None
+        return self._remask(key)
 
-    def _remask_due(self, key: RoundKey) -> bool:
-        every = self._settings.remask_every
-        return (
-            key.phase is Phase.TRAIN
-            and every > 0
-            and key.number % every == 0
-            and key.number <= self._settings.final_remask
-            and self.ledger.ready(self._settings.criterion)
-        )
+    def _finite(self, *models: Tensors) -> bool:
+        """Whether all values are finite; noted if not."""
+        if all(np.isfinite(values).all() for model in models for values in model.values()):
+            return True
+        text = "a round's answers add up to values that are not finite; the model stays"
+        log.warning("%s", text)
+        self._registry.add_event("refused", text)
+        return False
 
-    def _remask(self, number: int) -> MaskRecord | None:
-        scores = self.ledger.scores(self._settings.criterion, self.model.params)
+    def _remask(self, key: RoundKey) -> MaskRecord | None:
+        settings, number = self._settings, key.number
+        if key.phase is Phase.TRAIN:
+            scores = self._policy.scores(settings, number, self.ledger, self.model)
+        elif self.ledger.ready(settings.first_criterion):
+            scores = self.ledger.scores(settings.first_criterion, self.model.params)
+        else:
+            scores = None  # nobody answered: the order by magnitude stands
+        if scores is None:
+            return None
         shapes = self._planner.shapes(number + 1, scores)
         before = self.model
         self.model, order = remask(self._architecture, before, scores, shapes)
@@ -390,8 +477,13 @@ class Rounds:
             stats=self.model.stats,
             ledger=self.ledger.arrays(),
             extra={"calibrated": np.array([self._calibrated])}
-            | {f"{_NORM}{name}": np.array([norm]) for name, norm in self._norms.items()},
+            | {f"{_NORM}{name}": np.array([norm]) for name, norm in self._norms.items()}
+            | self._extra(),
         )
+
+    def figures(self, name: str) -> dict[str, float]:
+        """Figures of a class's model that its file does not show, for whoever compares methods."""
+        return {}
 
 
 def _tries(records: Iterable[RoundRecord], number: int) -> int | None:
@@ -404,10 +496,6 @@ def _tries(records: Iterable[RoundRecord], number: int) -> int | None:
 
 def _key(record: RoundRecord) -> RoundKey:
     return RoundKey(record.phase, record.number, record.step)
-
-
-def _finite(*models: Tensors) -> bool:
-    return all(np.isfinite(values).all() for model in models for values in model.values())
 
 
 def _largest_move(before: Mapping[str, Tensors], after: Mapping[str, Tensors]) -> float:

@@ -38,8 +38,14 @@ SUB_COMMANDS = {
     "coordinator": SubCommand(
         "fleetprune_coordinator.commands", "coordinator", "Run a fleet's rounds and releases."
     ),
+    "simulate": SubCommand(
+        "fleetprune_sim.simulate_command", "sim", "Train a fleet in silico and compare methods."
+    ),
     "demo": SubCommand(
         "fleetprune_sim.demo", "demo", "Run a whole fleet of six devices on this machine."
+    ),
+    "compare": SubCommand(
+        "fleetprune_sim.compare_command", "sim", "Lay simulated runs side by side."
     ),
 }
 

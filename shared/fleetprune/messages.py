@@ -158,6 +158,9 @@ class Task(Message):
     codec: Codec = Codec.INT4
     top_k: float = Field(default=1.0, gt=0, le=1)
     """Share of values sent; 1: all (then no positions travel)."""
+    scores: bool = True
+    """Whether the answer is to hold importance scores: Taylor of training, activation sums of
+    observing."""
     deadline_s: float = Field(default=600.0, gt=0, le=MAX_DEADLINE_S)
     """Seconds from the announcement after which an answer is no longer used."""
 

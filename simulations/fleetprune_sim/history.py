@@ -62,11 +62,23 @@ class DeviceRow:
     """JSON list, one count per label"""
 
 
-Row = TypeVar("Row", RoundRow, EvaluationRow, DeviceRow)
+@dataclass(frozen=True)
+class GraphRow:
+    """A graph that a device has fetched, and for which round."""
+
+    device: str
+    sha256: str
+    number: int
+    phase: str
+    step: int
+
+
+Row = TypeVar("Row", RoundRow, EvaluationRow, DeviceRow, GraphRow)
 _TABLES: dict[type[Any], tuple[str, tuple[str, ...]]] = {
     RoundRow: ("rounds", ("number", "phase", "step", "device_class")),
     EvaluationRow: ("evaluations", ("round", "device_class")),
     DeviceRow: ("devices", ("device",)),
+    GraphRow: ("graphs", ("device", "sha256")),
 }
 
 

@@ -3,12 +3,10 @@
 Channel counts are multiples of 8, which is what processors' vector units like.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-
-CIFAR_SHAPE = (3, 32, 32)
 
 
 def mlp(inputs: int = 64, hidden: int = 128, classes: int = 10) -> nn.Module:
@@ -30,7 +28,7 @@ def digits_cnn(classes: int = 10) -> nn.Module:
 
 
 def cnn1d(channels: int = 6, classes: int = 5) -> nn.Module:
-    """A one-dimensional CNN for windows of sensor data; input (channels, 128).
+    """A one-dimensional CNN for windows of sensor data; input (channels, 8 or more).
 
     Four convolutions, as is usual for human activity recognition: Ordóñez and Roggen, "Deep
     Convolutional and LSTM Recurrent Neural Networks for Multimodal Wearable Activity
@@ -50,24 +48,25 @@ def cnn1d(channels: int = 6, classes: int = 5) -> nn.Module:
     return Classifier(body, nn.AdaptiveAvgPool1d(1), 128, classes)
 
 
-def ds_cnn(classes: int = 10, shape: tuple[int, int, int] = CIFAR_SHAPE) -> nn.Module:
-    """Depthwise separable CNN; input `shape`, its first entry the channels.
+def ds_cnn(classes: int = 10, channels: int = 3, stride: int = 2) -> nn.Module:
+    """Depthwise separable CNN; input (channels, h, w), `stride` is the first layer's.
 
     Zhang et al., "Hello Edge: Keyword Spotting on Microcontrollers", 2017; also in MLPerf Tiny.
     """
-    layers = [conv2d(shape[0], 64, stride=2)]
+    layers = [conv2d(channels, 64, stride=stride)]
     for _ in range(4):
         layers += [conv2d(64, 64, groups=64), conv2d(64, 64, kernel=1)]
     return Classifier(nn.Sequential(*layers), nn.AdaptiveAvgPool2d(1), 64, classes)
 
 
-def resnet8(classes: int = 10) -> nn.Module:
-    """ResNet with three blocks; input (3, 32, 32).
+def resnet8(classes: int = 10, channels: int = 3, stride: int = 1) -> nn.Module:
+    """ResNet with three blocks; input (channels, h, w), `stride` is the first layer's.
 
-    The image classifier of Banbury et al., "MLPerf Tiny Benchmark", 2021.
+    The image classifier of Banbury et al., "MLPerf Tiny Benchmark", 2021, which has 3 channels of
+    32x32.
     """
     body = nn.Sequential(
-        conv2d(3, 16),
+        conv2d(channels, 16, stride=stride),
         ResidualBlock(16, 16, 1),
         ResidualBlock(16, 32, 2),
         ResidualBlock(32, 64, 2),
@@ -75,28 +74,72 @@ def resnet8(classes: int = 10) -> nn.Module:
     return Classifier(body, nn.AdaptiveAvgPool2d(1), 64, classes)
 
 
-def mobilenet_v2(width: float = 0.35, classes: int = 10) -> nn.Module:
-    """MobileNetV2 with a stem of stride 1 for small images; input (3, 32, 32).
+def mobilenet_v2(
+    width: float = 0.35, classes: int = 10, channels: int = 3, stride: int = 1
+) -> nn.Module:
+    """MobileNetV2; input (channels, h, w).
 
     Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018, table 2.
+
+    Args:
+        width: Factor of every layer's channels but the last convolution's.
+        classes: Outputs.
+        channels: Of the input.
+        stride: Of the first layer: 1 suits images of 32x32, the paper's 224x224 have 2.
     """
-
-    def scaled(channels: int) -> int:
-        return max(8, int(channels * width + 4) // 8 * 8)
-
-    rows = (  # expansion, channels, blocks, stride of the first
-        (1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2),
-        (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
+    rows = (  # expansion, channels, blocks, stride of the first, kernel
+        (1, 16, 1, 1, 3), (6, 24, 2, 1, 3), (6, 32, 3, 2, 3), (6, 64, 4, 2, 3),
+        (6, 96, 3, 1, 3), (6, 160, 3, 2, 3), (6, 320, 1, 1, 3),
     )  # fmt: skip
-    channels = scaled(32)
-    layers: list[nn.Module] = [conv2d(3, channels, activation=nn.ReLU6)]
-    for expansion, outputs, blocks, stride in rows:
+    stem = _scaled(32, width)
+    return _mobile(rows, width, channels=channels, stem=stem, stride=stride, classes=classes)
+
+
+def efficientnet_lite0(
+    width: float = 1.0, classes: int = 10, channels: int = 3, stride: int = 1
+) -> nn.Module:
+    """EfficientNet-Lite0; input (channels, h, w).
+
+    The table of Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural
+    Networks", 2019, as Google's EfficientNet-Lite (2020) has it for devices: without
+    squeeze-and-excitation, with ReLU6 instead of Swish, first and last convolution as wide in
+    every size. Dropout belongs to their training, not to the network, and is left out.
+
+    Args:
+        width: Factor of every block's channels.
+        classes: Outputs.
+        channels: Of the input.
+        stride: Of the first layer: 1 suits images of 32x32, the original's 224x224 have 2.
+    """
+    rows = (  # expansion, channels, blocks, stride of the first, kernel
+        (1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3),
+        (6, 112, 3, 1, 5), (6, 192, 4, 2, 5), (6, 320, 1, 1, 3),
+    )  # fmt: skip
+    return _mobile(rows, width, channels=channels, stem=32, stride=stride, classes=classes)
+
+
+def _scaled(channels: int, width: float) -> int:
+    return max(8, int(channels * width + 4) // 8 * 8)
+
+
+def _mobile(
+    rows: Sequence[tuple[int, int, int, int, int]],
+    width: float,
+    *,
+    channels: int,
+    stem: int,
+    stride: int,
+    classes: int,
+) -> nn.Module:
+    """Stem, blocks by a table as the two above, a wide 1x1 convolution, the classifier."""
+    layers = [conv2d(channels, stem, stride=stride, activation=nn.ReLU6)]
+    inputs = stem
+    for expansion, outputs, blocks, first, kernel in rows:
         for number in range(blocks):
-            layers.append(
-                InvertedResidual(channels, scaled(outputs), stride if number == 0 else 1, expansion)
-            )
-            channels = scaled(outputs)
-    layers.append(conv2d(channels, 1280, kernel=1, activation=nn.ReLU6))
+            scaled, step = _scaled(outputs, width), first if number == 0 else 1
+            layers.append(InvertedResidual(inputs, scaled, step, expansion, kernel))
+            inputs = scaled
+    layers.append(conv2d(inputs, 1280, kernel=1, activation=nn.ReLU6))
     return Classifier(nn.Sequential(*layers), nn.AdaptiveAvgPool2d(1), 1280, classes)
 
 
@@ -153,12 +196,14 @@ class ResidualBlock(nn.Module):
 class InvertedResidual(nn.Module):
     """Expand, filter each channel, project; added to the input where the shapes agree."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, stride: int, expansion: int, kernel: int = 3
+    ) -> None:
         super().__init__()
         wide = inputs * expansion
         layers = [] if expansion == 1 else [conv2d(inputs, wide, kernel=1, activation=nn.ReLU6)]
         layers += [
-            conv2d(wide, wide, stride=stride, groups=wide, activation=nn.ReLU6),
+            conv2d(wide, wide, kernel=kernel, stride=stride, groups=wide, activation=nn.ReLU6),
             conv2d(wide, outputs, kernel=1, activation=None),
         ]
         self.layers = nn.Sequential(*layers)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from fleetprune_sim import models
+
 
 class Wired(nn.Module):
     """Named layers and a function that says how they are wired."""
@@ -174,6 +176,10 @@ def shared_block():
     return Wired(wiring, **layers), (3, 8, 8)
 
 
+def efficientnet_lite0():
+    return models.efficientnet_lite0(width=0.25, classes=5), (3, 16, 16)
+
+
 GROUPS = {
     tiny: {"0": 2},
     plain_cnn: {"0.0": 4, "2.0": 6},
@@ -194,6 +200,20 @@ GROUPS = {
     conv_head: {"0": 4},
     called_twice: {"a": 4},
     shared_block: {"stem": 4},
+    efficientnet_lite0: {
+        "body.0.0": 32,
+        "body.1.layers.1.0": 8,
+        **{"body.2.layers.0.0": 48, "body.2.layers.2.0": 8, "body.3.layers.0.0": 48},
+        **{"body.4.layers.0.0": 48, "body.4.layers.2.0": 8, "body.5.layers.0.0": 48},
+        **{"body.6.layers.0.0": 48, "body.6.layers.2.0": 24, "body.7.layers.0.0": 144},
+        "body.8.layers.0.0": 144,
+        **{"body.9.layers.0.0": 144, "body.9.layers.2.0": 32, "body.10.layers.0.0": 192},
+        "body.11.layers.0.0": 192,
+        **{"body.12.layers.0.0": 192, "body.12.layers.2.0": 48, "body.13.layers.0.0": 288},
+        **{f"body.{block}.layers.0.0": 288 for block in (14, 15, 16)},
+        "body.16.layers.2.0": 80,
+        "body.17.0": 1280,
+    },
 }
 """Nets that can be traced, and the groups that they have."""
 

@@ -81,7 +81,9 @@ def test_exported_files_cost_what_was_computed(net):
         measured = file_costs(export(small, example))
         computed = costs(architecture, keep)
         assert measured.macs == computed.macs
-        assert 0 <= computed.artifact_bytes - measured.artifact_bytes < 2 * SLACK_BYTES
+        # A smaller tensor's sizes take up to two bytes less to write down.
+        loose = 2 * SLACK_BYTES + 2 * len(architecture.tensors)
+        assert 0 <= computed.artifact_bytes - measured.artifact_bytes < loose
         if bounded:
             assert measured.peak_activation_bytes <= computed.peak_activation_bytes
         else:

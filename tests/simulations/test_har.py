@@ -1,137 +1,34 @@
-"""On the publisher's recordings where they are, else on a few that this file makes.
+"""On the publisher's recordings where they are, else on a few made ones.
 
 The recordings are looked for in FLEETPRUNE_DATA, then in `../shared/data`.
 """
 
-import os
 import time
 import warnings
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fleetprune.errors import DataError
 from fleetprune_sim.data import har
+from fleetprune_sim.data.har_recordings import ARCHIVE, Windows, find, read_windows
+from fleetprune_sim.data.sources import VARIABLE
+from tests.simulations.recordings import make_archive, real_folder
 
-REPOSITORY = Path(__file__).parents[2]
-HEADER = "x_acc,y_acc,z_acc,x_gyro,y_gyro,z_gyro,timestamp,label"
 FLEET = (["gateway-1", "gateway-2"], ["phone-1", "phone-2"], ["sensor-1", "sensor-2"])
 
 
-def recording(samples: int, rng: np.random.Generator, start: int = 1657534171308) -> str:
-    values = rng.normal(size=(samples, 6))
-    labels = [har.LABELS[i * len(har.LABELS) // samples] for i in range(samples)]
-    rows = [
-        f"{','.join(f'{v:.7f}' for v in values[i])},{start + 10 * i},{labels[i]}"
-        for i in range(samples)
-    ]
-    return "\n".join([HEADER, *rows]) + "\n"
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_archive(tmp_path_factory.mktemp("har"))
 
 
-@pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small archive in the publisher's layout: nine people, two recordings on two devices."""
-    folder = tmp_path_factory.mktemp("har")
-    rng = np.random.default_rng(0)
-    with zipfile.ZipFile(folder / har.ARCHIVE, "w") as archive:
-        archive.writestr("DATA/subjects_info.csv", "subject_id,age\ns01,54\n")
-        for person in range(1, 10):
-            for run in (1, 2):
-                for kind in ("sp", "sw"):
-                    name = f"DATA/s{person:02d}/s{person:02d}_{run:02d}_{kind}.csv"
-                    archive.writestr(name, recording(700, rng))
-    return folder
+@pytest.fixture
+def real():
+    return real_folder()
 
 
-@pytest.fixture(scope="session")
-def real() -> Path:
-    for folder in (os.environ.get(har.VARIABLE, ""), REPOSITORY / "../shared/data"):
-        if folder and (Path(folder) / har.ARCHIVE).is_file():
-            return Path(folder)
-    pytest.skip(f"{har.ARCHIVE} is not here; the made recordings are tested instead")
-
-
-def test_windows_of_the_made_archive(made):
-    windows = har.read_windows(har.find({har.VARIABLE: str(made)}))
-    per_recording = (700 - 128) // 64 + 1
-    assert windows.x.shape == (9 * 2 * 2 * per_recording, 6, 128)
-    assert windows.x.dtype == np.float32
-    assert windows.y.dtype == np.int64
-    assert sorted(set(windows.subject.tolist())) == [f"s{i:02d}" for i in range(1, 10)]
-    assert (windows.kind == "phone").sum() == (windows.kind == "watch").sum()
-
-
-def test_unpacked_folder_reads_the_same(made, tmp_path):
-    with zipfile.ZipFile(made / har.ARCHIVE) as archive:
-        archive.extractall(tmp_path)
-    zipped = har.read_windows(made / har.ARCHIVE)
-    for folder in (har.find({har.VARIABLE: str(tmp_path)}), tmp_path):
-        unpacked = har.read_windows(folder)
-        assert (unpacked.x == zipped.x).all()
-        assert (unpacked.y == zipped.y).all()
-        assert (unpacked.subject == zipped.subject).all()
-
-
-def test_cache_is_used_and_a_broken_one_is_not(made, tmp_path, monkeypatch):
-    first = har.read_windows(made / har.ARCHIVE, tmp_path)
-    (kept,) = tmp_path.iterdir()
-
-    def refuse(source):
-        raise DataError("parsed again")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(har, "_parse", refuse)
-        assert (har.read_windows(made / har.ARCHIVE, tmp_path).x == first.x).all()
-        kept.write_bytes(kept.read_bytes()[:1000])
-        with pytest.raises(DataError, match="parsed again"):
-            har.read_windows(made / har.ARCHIVE, tmp_path)
-    assert (har.read_windows(made / har.ARCHIVE, tmp_path).x == first.x).all()
-
-
-def test_window_values_order_and_majority():
-    times = np.arange(192) * 10.0
-    values = np.repeat(np.arange(192.0)[:, None], 6, axis=1)
-    labels = np.repeat([3, 1], [100, 92])
-    x, y = har.cut_windows(values, times, labels)
-    assert x.shape == (2, 6, 128)
-    assert x[0, 0].tolist() == list(range(128))
-    assert x[1, 5].tolist() == list(range(64, 192))
-    assert y.tolist() == [3, 1]  # 100 against 28, then 36 against 92
-    backwards = har.cut_windows(values[::-1], times[::-1], labels[::-1])
-    assert (backwards[0] == x).all()
-
-
-def test_ties_go_to_the_lower_label():
-    _, y = har.cut_windows(np.zeros((128, 6)), np.arange(128.0), np.repeat([4, 2], 64))
-    assert y.tolist() == [2]
-
-
-def test_no_window_spans_a_gap():
-    times = np.arange(300) * 10.0
-    times[150:] += har.MAX_GAP_MS  # 210 ms between two readings
-    x, _ = har.cut_windows(np.zeros((300, 6)), times, np.zeros(300, np.int64))
-    assert len(x) == 2  # 150 readings on either side
-    times[150:] -= 10.0  # exactly 200 ms is no gap
-    x, _ = har.cut_windows(np.zeros((300, 6)), times, np.zeros(300, np.int64))
-    assert len(x) == 3
-
-
-def test_of_equal_timestamps_the_first_is_kept():
-    times = np.repeat(np.arange(128.0), 2)
-    values = np.tile(np.array([[1.0], [2.0]]), (128, 6))
-    x, _ = har.cut_windows(values, times, np.zeros(256, np.int64))
-    assert x.shape == (1, 6, 128)
-    assert (x == 1).all()
-
-
-def test_too_short_a_recording_has_no_windows():
-    x, y = har.cut_windows(np.zeros((127, 6)), np.arange(127.0), np.zeros(127, np.int64))
-    assert (x.shape, y.shape) == ((0, 6, 128), (0,))
-
-
-def check_split(windows: har.Windows, held_out: int) -> None:
+def check_split(windows: Windows, held_out: int) -> None:
     data = har.split(windows, *FLEET, seed=0, held_out=held_out)
     assert sorted(data.devices) == sorted([*FLEET[0], *FLEET[1], *FLEET[2]])
     assert data.input_shape == (6, 128)
@@ -152,17 +49,17 @@ def check_split(windows: har.Windows, held_out: int) -> None:
 
 
 def test_split_of_the_made_archive(made):
-    check_split(har.read_windows(made / har.ARCHIVE), held_out=2)
+    check_split(read_windows(made / ARCHIVE), held_out=2)
 
 
 def test_split_is_seeded(made):
-    windows = har.read_windows(made / har.ARCHIVE)
+    windows = read_windows(made / ARCHIVE)
     first, second = (har.split(windows, *FLEET, seed=5, held_out=2) for _ in range(2))
     assert (first.devices["phone-1"].x_train == second.devices["phone-1"].x_train).all()
 
 
 def test_load_reads_the_environment(made, monkeypatch, tmp_path):
-    monkeypatch.setenv(har.VARIABLE, str(made))
+    monkeypatch.setenv(VARIABLE, str(made))
     with pytest.raises(DataError, match=r"^3 items are too few for 4 parts$"):
         har.load(*FLEET, seed=0, cache=tmp_path)  # nine people less the six held out
     with pytest.raises(DataError, match=r"^2 phones and 1 sensors, expected as many$"):
@@ -171,7 +68,7 @@ def test_load_reads_the_environment(made, monkeypatch, tmp_path):
 
 def test_the_publishers_recordings(real):
     started = time.perf_counter()
-    windows = har.read_windows(har.find({har.VARIABLE: str(real)}))
+    windows = read_windows(find({VARIABLE: str(real)}))
     took = time.perf_counter() - started
     assert len(np.unique(windows.subject)) == 23
     assert set(windows.kind.tolist()) == {"phone", "watch"}
@@ -182,48 +79,50 @@ def test_the_publishers_recordings(real):
         warnings.warn(f"reading took {took:.0f} s", stacklevel=1)
 
 
-def test_missing_data_says_where_to_get_it(tmp_path):
-    for environment, start in (
-        ({}, "the activity recordings are not here: "),
-        ({har.VARIABLE: str(tmp_path)}, f"{tmp_path} has neither {har.ARCHIVE} nor its unpacked"),
-        ({har.VARIABLE: str(tmp_path / "no")}, f"{tmp_path / 'no'} has neither"),
-    ):
-        with pytest.raises(DataError) as caught:
-            har.find(environment)
-        message = str(caught.value)
-        assert message.startswith(start)
-        assert "\n" not in message
-        for hint in ("GeoTecINIT/sp-sw-har-dataset", "10.1016/j.dib.2023.109809", "CC BY 4.0"):
-            assert hint in message
-        assert har.VARIABLE in message
+def check_corpus(windows, corpus, test, validation):
+    """Whole people are held out, and nothing else is."""
+    people = {f"{s}-{k}": s for s, k in zip(windows.subject, windows.kind, strict=True)}
+    known, tested = (
+        {people[o] for o in set(a.tolist())} for a in (corpus.owner, corpus.test_owner)
+    )
+    assert not known & tested
+    assert (len(tested), len(known)) == (test, len(set(people.values())) - test - validation)
+    sizes = [y.size for y in (corpus.y, corpus.y_validation, corpus.y_test)]
+    assert sum(sizes) == windows.y.size
+    unseen = ~np.isin(windows.subject, sorted(known | tested))
+    assert sizes[1] == unseen.sum()
+    assert np.bincount(corpus.y_validation, minlength=5).tolist() == (
+        np.bincount(windows.y[unseen], minlength=5).tolist()
+    )
+    for owner, kind in ((corpus.owner, corpus.kind), (corpus.test_owner, corpus.test_kind)):
+        assert all(o.endswith(f"-{k}") for o, k in zip(owner, kind, strict=True))
+    x = corpus.x.astype(np.float64)
+    assert np.abs(x.mean(axis=(0, 2))).max() < 1e-3
+    assert np.abs(x.std(axis=(0, 2)) - 1).max() < 1e-3
 
 
-GOOD_ROW = "1,2,3,4,5,6,1657534171308,WALKING"
+def test_corpus_of_the_made_archive(made):
+    windows = read_windows(made / ARCHIVE, window=192, step=96)
+    corpus = har.hold_out_people(windows, 3, test=2, validation=1)
+    assert corpus.input_shape == (6, 192)
+    check_corpus(windows, corpus, 2, 1)
+    same, other = (har.hold_out_people(windows, s, test=2, validation=1) for s in (3, 4))
+    assert (same.x == corpus.x).all()
+    assert set(other.test_owner) != set(corpus.test_owner)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a,b\n1,2\n", "s01_01_sp.csv: columns are"),
-        (f"{HEADER}\n{GOOD_ROW}\n1,2,3\n", "s01_01_sp.csv: "),
-        (f"{HEADER}\n1,2,x,4,5,6,7,WALKING\n", "s01_01_sp.csv: could not convert string 'x'"),
-        (f"{HEADER}\n1,2,nan,4,5,6,7,WALKING\n", "s01_01_sp.csv: expected 8 finite columns"),
-        (f"{HEADER}\n1,2,3,4,5,6,7,DANCING\n", "s01_01_sp.csv: could not convert string 'DANC"),
-        (f"{HEADER}\n1,2,3,4,5,6,7,9\n", "s01_01_sp.csv: a label is none of SEATED, "),
-    ],
-)
-def test_malformed_recording_is_named(text, message):
-    with pytest.raises(DataError) as caught:
-        har.read_recording("s01_01_sp.csv", text.encode())
-    assert str(caught.value).startswith(message)
+def test_corpus_reads_the_environment(made, monkeypatch, tmp_path):
+    monkeypatch.setenv(VARIABLE, str(made))
+    with pytest.raises(DataError, match=r"^9 subjects, expected more than the 9 held out$"):
+        har.corpus(0, tmp_path)
 
 
-def test_archive_without_recordings(tmp_path):
-    archive = tmp_path / har.ARCHIVE
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("README", "")
-    with pytest.raises(DataError, match="holds no recording of 128 samples"):
-        har.read_windows(archive)
-    archive.write_bytes(b"no zip")
-    with pytest.raises(DataError, match="cannot be read: File is not a zip file"):
-        har.read_windows(archive)
+def test_corpus_of_the_publishers_recordings(real, monkeypatch, tmp_path):
+    monkeypatch.setenv(VARIABLE, str(real))
+    corpus = har.corpus(0, tmp_path)
+    assert corpus.input_shape == (6, 192)
+    assert len(np.unique(corpus.owner)) == 28
+    assert len(np.unique(corpus.test_owner)) == 12
+    assert set(corpus.kind) == set(corpus.test_kind) == {"phone", "watch"}
+    assert set(corpus.y_validation) == set(range(5))
+    check_corpus(read_windows(real / ARCHIVE, tmp_path, window=192, step=96), corpus, 6, 3)

@@ -24,6 +24,7 @@ MODELS = {
     "digits_cnn": (models.digits_cnn, (1, 8, 8)),
     "ds_cnn": (models.ds_cnn, (3, 32, 32)),
     "resnet8": (models.resnet8, (3, 32, 32)),
+    "efficientnet_lite0": (lambda: models.efficientnet_lite0(0.25), (3, 16, 16)),
     "linear, batch norm": (
         lambda: nn.Sequential(nn.Linear(8, 64, bias=False), nn.BatchNorm1d(64), nn.Tanh()),
         (8,),

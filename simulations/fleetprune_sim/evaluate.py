@@ -1,0 +1,69 @@
+"""How good each class's model is, judged by the simulator, which alone sees all data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fleetprune.layout import Architecture
+from fleetprune_coordinator.fleet_model import FleetModel
+from fleetprune_coordinator.resize import extract
+from fleetprune_sim.data.partition import Indices
+
+BATCH = 500
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one model on one set of samples."""
+
+    accuracy: float
+    loss: float
+    """mean cross-entropy"""
+
+
+def outputs(model: nn.Module, x: NDArray[np.float32]) -> torch.Tensor:
+    """(n, classes) of a model in evaluation mode."""
+    model.eval()
+    with torch.no_grad():
+        parts = [model(torch.tensor(x[i : i + BATCH])) for i in range(0, len(x), BATCH)]
+    return torch.cat(parts)
+
+
+def score(model: nn.Module, x: NDArray[np.float32], y: NDArray[np.int64]) -> Score:
+    """Accuracy and loss on (n, ...) samples with labels (n,)."""
+    logits, targets = outputs(model, x), torch.tensor(y)
+    right = (logits.argmax(1) == targets).float().mean()
+    return Score(float(right), float(cross_entropy(logits, targets)))
+
+
+def own_accuracy(
+    model: nn.Module, x: NDArray[np.float32], y: NDArray[np.int64], parts: Sequence[Indices]
+) -> float | None:
+    """Mean over devices of the accuracy on the device's own samples; None without any.
+
+    Args:
+        model: Of the devices' class.
+        x: (n, ...) all samples.
+        y: (n,) their labels.
+        parts: Per device the places of its samples; empty ones do not count.
+    """
+    parts = [part for part in parts if part.size]
+    if not parts:
+        return None
+    every = np.concatenate(parts)
+    right = outputs(model, x[every]).argmax(1).numpy() == y[every]
+    cuts = np.cumsum([part.size for part in parts])[:-1]
+    return float(np.mean([piece.mean() for piece in np.split(right, cuts)]))
+
+
+def class_model(
+    network: nn.Module, architecture: Architecture, state: FleetModel, name: str
+) -> nn.Module:
+    """The network of a class as it stands."""
+    keep = state.shapes[name]
+    return extract(network, architecture, state.params, state.stats[name], keep)

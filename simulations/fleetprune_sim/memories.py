@@ -1,0 +1,41 @@
+"""What every device of a run remembers, in one file: error feedback and its last answer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from sqlite_utils import Database
+
+FILE = "devices.db"
+"""Name of the file in a run's folder."""
+
+
+class Memories:
+    """Frames by device. A round's are saved at once, so that a kill finds all of it or nothing.
+
+    A task that is done again because nothing was saved starts from the same memory, so it has the
+    same answer; one that was saved is answered from memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the file, or make it."""
+        self._db = Database(path)
+        self._db.enable_wal()
+        self._db.execute("PRAGMA synchronous = OFF")  # to outlive this process is enough
+        columns = {"device": str, "frame": bytes}
+        self._db.table("memories").create(columns, pk="device", if_not_exists=True)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def load(self, device: str) -> bytes:
+        """What a device remembers; empty if nothing."""
+        found = self._db.execute("SELECT frame FROM memories WHERE device = ?", [device]).fetchone()
+        return b"" if found is None else bytes(found[0])
+
+    def save(self, frames: Mapping[str, bytes]) -> None:
+        """Replace what these devices remember."""
+        with self._db.conn:
+            self._db.conn.executemany(
+                "INSERT OR REPLACE INTO memories (device, frame) VALUES (?, ?)", frames.items()
+            )

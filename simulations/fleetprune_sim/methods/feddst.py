@@ -1,0 +1,157 @@
+"""FedDST: every device moves its own mask; the server averages what overlaps and prunes again.
+
+Bibikar et al., "Federated Dynamic Sparse Training: Computing Less, Communicating Less, Yet Learning
+Better", AAAI 2022. Densities per tensor follow the Erdős–Rényi kernel and never change. In a round
+of readjustment each device drops the smallest of its weights and grows as many with the largest
+gradients; the server divides each weight's sum by the devices that had it and keeps the largest,
+tensor by tensor. The share that moves falls along a cosine until half of the rounds are done.
+
+Left open by the paper or chosen here:
+
+- *When a device readjusts*: after half of its steps. The authors' code does it after the last of
+  ten epochs, which sends new weights back as zeros, the first that the server prunes.
+- *Which gradient*: that of the step's own batch, as in the authors' code, among weights that were
+  pruned before the step; what has just been dropped does not come back at once.
+- *How many move* (`MOVED`): the paper's share of 0.01 to 0.05 is for ten times as many rounds.
+- Every convolution and linear layer is pruned, none is spared; biases and norms stay.
+- No proximal term, which the paper has as a variant; as large models as the budget allows at
+  all times (the code can also thin out over time).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetprune_agent.sessions import Arrays, Graph
+from fleetprune_agent.trainer import Trained
+from fleetprune_agent.data import Batches
+from fleetprune_coordinator.bounds import Bounds
+from fleetprune_coordinator.rounds import RoundKey
+from fleetprune_sim.methods.sparse.device import MaskedWorker, Masking
+from fleetprune_sim.methods.sparse.frames import SparsePayload, SparseResult, encode_mask
+from fleetprune_sim.methods.sparse.intake import SparseIntake, checked_mask
+from fleetprune_sim.methods.sparse.method import SparseMethod
+from fleetprune_sim.methods.sparse.prunable import Bools, Prunable, best_per_tensor
+from fleetprune_sim.methods.sparse.rounds import SparseRounds
+
+READJUST = "readjust"
+MOVED = 0.2
+"""Share of a tensor's weights that changes places in the first readjustments."""
+LAST_SHARE = 0.5
+"""Of the rounds, until which devices readjust (R_end of the paper)."""
+HALFWAY = 2
+"""A task's steps are divided by this: readjustment comes after the first part."""
+
+
+def readjust(
+    prunable: Prunable,
+    mask: Bools,
+    weights: NDArray[np.float32],
+    gradient: NDArray[np.float32],
+    counts: Sequence[int],
+) -> Bools:
+    """Drop the smallest weights of each tensor, and grow as many with the largest gradients.
+
+    Args:
+        prunable: The tensors.
+        mask: (n,) until now.
+        weights: (n,).
+        gradient: (n,); only that of pruned weights counts.
+        counts: Per tensor how many move, at most as many as are pruned.
+
+    Returns:
+        (n,) with as many weights per tensor as before.
+    """
+    dropped = best_per_tensor(prunable, -np.abs(weights), mask, counts)
+    grown = best_per_tensor(prunable, np.abs(gradient), ~mask, counts)
+    return (mask & ~dropped) | grown
+
+
+class Readjusting(Masking):
+    """Moves the mask once, halfway through a task."""
+
+    def __init__(
+        self, prunable: Prunable, mask: Bools, counts: Sequence[int], after: int
+    ) -> None:
+        """Readjust `counts` weights per tensor after so many steps."""
+        super().__init__(prunable, mask)
+        self._counts, self._left = counts, after
+
+    def __call__(self, state: Arrays) -> None:
+        """Hold pruned weights at zero; new ones begin there."""
+        # A pruned weight is 0 and so was its momentum: what it has now is the gradient.
+        gradient = state["momentum"][self.prunable.index]
+        super().__call__(state)
+        self._left -= 1
+        if self._left == 0:
+            weights = state["params"][self.prunable.index]
+            self.mask = readjust(self.prunable, self.mask, weights, gradient, self._counts)
+            super().__call__(state)
+
+
+class ReadjustingWorker(MaskedWorker):
+    """Readjusts its mask where it is asked to, and then sends it along."""
+
+    def _masking(self, graph: Graph, payload: SparsePayload, steps: int) -> Masking:
+        if payload.header.ask != READJUST:
+            return super()._masking(graph, payload, steps)
+        after = max(1, steps // HALFWAY)
+        return Readjusting(payload.prunable, payload.mask, payload.header.counts, after)
+
+    def _report(
+        self,
+        graph: Graph,
+        payload: SparsePayload,
+        trained: Trained,
+        masking: Masking,
+        batches: Batches,
+    ) -> dict[str, bytes]:
+        return {"mask": encode_mask(masking.mask)} if payload.header.ask == READJUST else {}
+
+
+class DevicesMasks(SparseIntake):
+    """Answers whose devices have moved their masks."""
+
+    def _own_mask(self, result: SparseResult) -> Bools:
+        return checked_mask(result, self.layout, self.layout.prunable.kept(self.mask))
+
+
+class FedDSTRounds(SparseRounds):
+    """Prunes the union of the devices' masks back to size."""
+
+    erk = True
+    last_share = LAST_SHARE
+
+    def _ask(self, key: RoundKey) -> tuple[str, tuple[int, ...]]:
+        if key.number not in self.adjusting():
+            return "", ()
+        return READJUST, self._moving(key.number, MOVED)
+
+    def _sparse_intake(self, key: RoundKey, bounds: Bounds) -> SparseIntake:
+        if key.number not in self.adjusting():
+            return super()._sparse_intake(key, bounds)
+        return DevicesMasks(
+            self._architecture,
+            self.model,
+            self.ledger,
+            bounds,
+            layout=self.layout,
+            mask=self.mask,
+        )
+
+    def _next_mask(
+        self, key: RoundKey, intake: SparseIntake, weights: NDArray[np.float32]
+    ) -> Bools:
+        had = intake.covered[self.layout.prunable.index] > 0
+        return best_per_tensor(self.layout.prunable, np.abs(weights), had, self.kept)
+
+
+class FedDST(SparseMethod):
+    """Masks that devices move."""
+
+    name = "feddst"
+    title = "FedDST"
+    paper = "Bibikar et al. 2022"
+    exchange = FedDSTRounds
+    device = ReadjustingWorker

@@ -1,0 +1,447 @@
+"""One simulated training: a folder that holds all of it, and can be taken up at any time."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, cast
+
+import numpy as np
+import torch
+
+from fleetprune.errors import ConfigError
+from fleetprune.files import write_atomic
+from fleetprune.messages import Enrol, Task, TaskKind
+from fleetprune_agent.runtime import probe_block
+from fleetprune_coordinator.config import FleetConfig
+from fleetprune_coordinator.coordinator import RELEASES, Coordinator, Released
+from fleetprune_coordinator.events import EventLog
+from fleetprune_coordinator.keys import init_repository
+from fleetprune_coordinator.records import Phase
+from fleetprune_coordinator.strategy import NestedStrategy, run_app, server_app
+from fleetprune_sim import memories
+from fleetprune_sim.clock import TRAINING, Clock
+from fleetprune_sim.data.corpus import Corpus
+from fleetprune_sim.engines import Engine, InProcess, Processes
+from fleetprune_sim.evaluate import class_model, own_accuracy, score
+from fleetprune_sim.fleet import DEVICES, FOLDER, Fleet, build_fleet
+from fleetprune_sim.grid import Rule, SimulatedGrid
+from fleetprune_sim.history import FILE, DeviceRow, EvaluationRow, History, RoundRow
+from fleetprune_sim.memories import Memories
+from fleetprune_sim.methods import find_method
+from fleetprune_sim.settings import SimulationConfig, simulation_of
+from fleetprune_sim.station import STATE, graph_path
+
+RUN = "run.json"
+SUMMARY = "summary.json"
+FLEET_FILE = "fleet.json"
+SECONDS_PER_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a run is of; two runs with equal ones end alike."""
+
+    task: str
+    """name of the task"""
+    corpus: Corpus
+    method: str
+    config: FleetConfig
+    """of the fleet as it is, whatever the method makes of it"""
+    engine: str = "loop"
+    workers: int = 1
+
+
+class Simulation:
+    """A run in its folder."""
+
+    def __init__(
+        self, wanted: Wanted, folder: Path, on_round: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """Open a run, or begin it.
+
+        Args:
+            wanted: What to simulate.
+            folder: Where everything is kept.
+            on_round: Told of every closed round, with the evaluation if there was one.
+
+        Raises:
+            ConfigError: The folder holds another run, or a description is wrong.
+            DataError: The data set is missing or cannot be split.
+            BudgetError: A class's budget cannot be met.
+        """
+        self.wanted, self.folder, self._on_round = wanted, folder, on_round
+        self.settings: SimulationConfig = simulation_of(wanted.config)
+        self.method = find_method(wanted.method)
+        self._started = time.perf_counter()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.fleet = self._fleet()
+        self.counts = dict.fromkeys(wanted.config.classes, 0)
+        for member in self.fleet.members.values():
+            self.counts[member.device_class] += 1
+        self.plan = self.method.plan(wanted.config, self.counts)
+        self.history = History(folder / FILE)
+        self._memories = Memories(folder / memories.FILE)
+        self.history.write(
+            DeviceRow(m.name, m.device_class, len(m.train), json.dumps(self._label_counts(m.train)))
+            for m in self.fleet.members.values()
+        )
+        state = folder / STATE
+        if not (state / RELEASES).exists():
+            init_repository(state / RELEASES, datetime.now(UTC))
+        self._events = EventLog(None, time.time)
+        self.coordinator = Coordinator(
+            self._model_config(),
+            time.time,
+            self._events,
+            policy=self.method.policy(),
+            rounds=self.method.rounds(wanted.config),
+        )
+        self._enrol()
+        self._engine: Engine = self._make_engine()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._engine.close()
+        self.history.close()
+        self._memories.close()
+        self.coordinator.registry.close()
+
+    # ---- opening
+
+    def _fleet(self) -> Fleet:
+        folder = self.folder / FOLDER
+        if not (folder / DEVICES).exists():
+            seed = self.wanted.config.training.seed
+            build_fleet(self.wanted.corpus, self.settings, seed).save(folder)
+        return Fleet.load(folder)
+
+    def _label_counts(self, places: np.ndarray[Any, Any]) -> list[int]:
+        labels = len(self.fleet.labels)
+        counts: list[int] = np.bincount(self.fleet.y[places], minlength=labels).tolist()
+        return counts
+
+    def _model_config(self) -> FleetConfig:
+        """What the coordinator runs: the method's models on the fleet's task."""
+        test = self.folder / FOLDER / "test.npz"
+        if not test.exists():
+            np.savez(test, x=self.fleet.x_test, y=self.fleet.y_test)
+        config = self.plan.config
+        update = {
+            "state": self.folder / STATE,
+            "data": config.data.model_copy(update={"test": test}),
+        }
+        return config.model_copy(update=update)
+
+    def _enrol(self) -> None:
+        registry = self.coordinator.registry
+        if registry.devices():
+            return
+        block = cast(Literal[0, 8, 16], probe_block())
+        registry.enrol_all(
+            Enrol(
+                device=member.name,
+                device_class=model,
+                agent_version="simulated",
+                trains=self.wanted.config.classes[member.device_class].trains,
+                samples=len(member.train),
+                block=block,
+            )
+            for member in self.fleet.members.values()
+            if (model := self.plan.serves[member.device_class]) is not None
+        )
+
+    def _make_engine(self) -> Engine:
+        trains = frozenset(n for n, c in self.wanted.config.classes.items() if c.trains)
+        if self.wanted.engine == "loop":
+            if self.wanted.workers <= 1:
+                return InProcess(self.folder, self.wanted.method, trains)
+            return Processes(self.folder, self.wanted.method, trains, self.wanted.workers)
+        raise ConfigError(f"no engine {self.wanted.engine!r}, expected loop or ray")
+
+    # ---- training
+
+    def train(self) -> None:
+        """Do the rounds that are left."""
+        coordinator, training = self.coordinator, self.plan.config.training
+        devices = coordinator.registry.devices()
+        grid = SimulatedGrid(
+            {d.name: d.id for d in devices},
+            {m.name: m.device_class for m in self.fleet.members.values()},
+            engine=self._engine,
+            clock=Clock(self.settings.classes, training.seed),
+            rule=Rule(training.round_timeout_s, training.quorum),
+            work=self._work,
+            graph_bytes=self._graph_bytes,
+            history=self.history,
+            memories=self._memories,
+        )
+        self._catch_up()
+        strategy = NestedStrategy(coordinator.rounds, self._closed, self._set_present)
+        run_app(server_app(strategy, coordinator.rounds, SECONDS_PER_DAY), grid)
+
+    def _set_present(self) -> None:
+        """Say who is online in the round that is planned next."""
+        if all(profile.available >= 1 for profile in self.settings.classes.values()):
+            return
+        coordinator, members = self.coordinator, self.fleet.members
+        left = coordinator.rounds.remaining()
+        clock = Clock(self.settings.classes, self.plan.config.training.seed)
+        coordinator.registry.set_present(
+            device.name
+            for device in coordinator.registry.devices()
+            if left and clock.online(members[device.name].device_class, device.id, left[0].number)
+        )
+
+    def _work(self, task: Task) -> float:
+        """Multiply-accumulates of a task."""
+        rounds, costs = self.coordinator.rounds, self.coordinator.planner.costs
+        shapes, training = rounds.model.shapes, self.plan.config.training
+        samples = len(self.fleet.members[task.device].train)
+        own = float(costs(shapes[task.shape]).macs)
+        if task.kind is TaskKind.OBSERVE:
+            return own * samples
+        partners = self.method.policy().partners(training, shapes, task.shape)
+        taught = [0.0 if p is None else float(costs(p).macs) for p in partners]
+        steps = task.epochs * -(-samples // training.batch)
+        steps = min(steps, task.max_steps) if task.max_steps else steps
+        return TRAINING * (own + sum(taught) / len(taught)) * steps * training.batch
+
+    def _graph_bytes(self, task: Task) -> Mapping[str, int]:
+        state = self.folder / STATE
+        return {ref.sha256: graph_path(state, ref).stat().st_size for ref in task.graphs}
+
+    def _closed(self, metrics: dict[str, Any]) -> None:
+        evaluated: list[EvaluationRow] = []
+        if metrics["phase"] == Phase.TRAIN and self._due(metrics["round"]):
+            evaluated = self.evaluate(metrics["round"])
+        self._on_round(metrics | {"evaluated": {e.device_class: e.accuracy for e in evaluated}})
+
+    def _due(self, number: int) -> bool:
+        every, last = self.settings.evaluate_every, self.plan.config.training.rounds
+        return number == last or (every > 0 and number % every == 0)
+
+    def _catch_up(self) -> None:
+        """The evaluation that a kill came in between."""
+        closed = [r for r in self.coordinator.registry.rounds() if r.closed_at is not None]
+        if not closed or closed[-1].phase is not Phase.TRAIN:
+            return
+        number = closed[-1].number
+        if self._due(number) and number not in {e.round for e in self.history.read(EvaluationRow)}:
+            self.evaluate(number)
+
+    def evaluate(self, number: int) -> list[EvaluationRow]:
+        """Judge every class's model on the validation set, and write it down."""
+        most = self.settings.evaluation_samples
+        x, y = self.fleet.x_validation[:most], self.fleet.y_validation[:most]
+        found = {model: score(self._model(model), x, y) for model in self._models()}
+        rows = [
+            EvaluationRow(number, name, found[model].accuracy, found[model].loss)
+            for name, model in self.plan.serves.items()
+            if model is not None
+        ]
+        self.history.write(rows)
+        return rows
+
+    def _models(self) -> list[str]:
+        return list(self.plan.config.classes)
+
+    def _model(self, name: str) -> torch.nn.Module:
+        coordinator = self.coordinator
+        return class_model(
+            coordinator.network, coordinator.architecture, coordinator.rounds.model, name
+        )
+
+    # ---- ending
+
+    def finish(self) -> dict[str, Any]:
+        """Release every model, judge it once on the test set, and write the summary."""
+        released = self.coordinator.release()
+        judged = {name: self._judge(name, released) for name in self.wanted.config.classes}
+        summary = self._summary(released, judged)
+        write_atomic(self.folder / SUMMARY, json.dumps(summary, indent=1).encode())
+        return summary
+
+    def _judge(self, name: str, released: Mapping[str, Released]) -> dict[str, Any]:
+        config, coordinator = self.wanted.config, self.coordinator
+        budget = config.classes[name].budget(coordinator.planner.dense)
+        model = self.plan.serves[name]
+        rows = [r for r in self.history.read(RoundRow) if r.device_class == name]
+        entry: dict[str, Any] = {
+            "devices": self.counts[name],
+            "model": model,
+            "budget": {
+                "flash_bytes": budget.flash_bytes,
+                "ram_bytes": budget.ram_bytes,
+                "macs": budget.macs,
+                "latency_ms": budget.latency_ms,
+            },
+            "artifact": None,
+            "keep": {},
+            "validation_accuracy": None,
+            "accuracy": None,
+            "own_accuracy": None,
+            "within_budget": False,
+            "traffic": {
+                "up_bytes": sum(r.up_bytes for r in rows),
+                "down_bytes": sum(r.down_bytes for r in rows),
+            },
+            "energy_j": round(sum(r.energy_j for r in rows), 3),
+        }
+        if model is None:
+            return entry
+        release, network = released[model], self._model(model)
+        path = Path(RELEASES) / name / "model.onnx"
+        (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.folder / path, release.artifact.onnx)
+        costs = release.artifact.costs
+        fleet = self.fleet
+        tests = fleet.own_tests.get(name)
+        own = (
+            own_accuracy(network, fleet.x_test, fleet.y_test, tests)
+            if tests
+            else own_accuracy(network, fleet.x, fleet.y, self._held_out(name))
+        )
+        return entry | {
+            "artifact": {
+                "path": path.as_posix(),
+                "sha256": release.manifest.sha256,
+                "bytes": costs.artifact_bytes,
+                "params": release.artifact.parameters,
+                "macs": costs.macs,
+                "peak_activation_bytes": costs.peak_activation_bytes,
+                "latency_ms": None,
+            }
+            | coordinator.rounds.figures(model),
+            "keep": dict(coordinator.rounds.model.shapes[model]),
+            "validation_accuracy": score(network, fleet.x_validation, fleet.y_validation).accuracy,
+            "accuracy": release.manifest.accuracy,
+            "own_accuracy": own,
+            "within_budget": not budget.violations(costs),
+        }
+
+    def _held_out(self, name: str) -> list[np.ndarray[Any, Any]]:
+        return [m.test for m in self.fleet.members.values() if m.device_class == name]
+
+    def _summary(
+        self, released: Mapping[str, Released], judged: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        wanted, coordinator = self.wanted, self.coordinator
+        training = self.plan.config.training
+        rows = self.history.read(RoundRow)
+        trained = sum(r.answers for r in rows if r.phase == Phase.TRAIN)
+        wall_s = sum({(r.number, r.phase, r.step): r.wall_s for r in rows}.values())
+        virtual_s = sum({(r.number, r.phase, r.step): r.virtual_s for r in rows}.values())
+        up, down = sum(r.up_bytes for r in rows), sum(r.down_bytes for r in rows)
+        architecture, dense = coordinator.architecture, coordinator.planner.dense
+        parameters = sum(
+            int(np.prod(coordinator.rounds.model.params[s].shape))
+            for s in coordinator.rounds.model.params
+        )
+        shapes = coordinator.rounds.model.shapes
+        uncut = [
+            n
+            for n in released
+            if dict(shapes[n]) == dict(architecture.groups) and not coordinator.rounds.figures(n)
+        ]
+        return {
+            "schema": 1,
+            "task": wanted.task,
+            "method": wanted.method,
+            "seed": training.seed,
+            "rounds": training.rounds,
+            "engine": wanted.engine,
+            "wall_s": round(wall_s, 3),
+            "client_rounds": trained,
+            "client_rounds_per_s": round(trained / wall_s, 3) if wall_s else 0.0,
+            "dense": {
+                "params": parameters,
+                "bytes": dense.artifact_bytes,
+                "macs": dense.macs,
+                "accuracy": released[uncut[0]].manifest.accuracy if uncut else None,
+            },
+            "traffic": {
+                "up_bytes": up,
+                "down_bytes": down,
+                "up_bytes_per_client_round": round(up / max(1, trained), 1),
+                "dense_up_bytes_per_client_round": 4.0 * parameters,
+            },
+            "virtual": {
+                "s": round(virtual_s, 3),
+                "energy_j": round(sum(r.energy_j for r in rows), 3),
+            },
+            "labels": list(self.fleet.labels),
+            "input_shape": list(self.plan.config.model.input_shape),
+            "groups": dict(architecture.groups),
+            "partition": self.settings.partition.model_dump(mode="json"),
+            "settings": training.model_dump(mode="json"),
+            "classes": dict(judged),
+            "devices": [],
+        }
+
+
+def claim(folder: Path, wanted: Wanted, *, resume: bool) -> None:
+    """Make a folder this run's own, or check that it is.
+
+    Raises:
+        ConfigError: It holds another run, or this one and `resume` was not asked for.
+    """
+    mine = json.dumps(
+        {
+            "task": wanted.task,
+            "method": wanted.method,
+            "engine": wanted.engine,
+            "config": wanted.config.model_dump(mode="json"),
+        },
+        indent=1,
+        sort_keys=True,
+    )
+    path = folder / RUN
+    if path.exists():
+        if path.read_text() != mine:
+            raise ConfigError(
+                f"{folder} holds another run ({_difference(path.read_text(), mine)}): "
+                "give this one another --out"
+            )
+        if not resume:
+            raise ConfigError(f"{folder} holds this run already: add --resume to go on with it")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no run: give this one another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, mine.encode())
+
+
+def _difference(there: str, mine: str) -> str:
+    """The first setting that differs, for people."""
+    a, b = _flat(json.loads(there)), _flat(json.loads(mine))
+    for key in sorted(a.keys() | b.keys()):
+        if a.get(key) != b.get(key):
+            return f"{key} {a.get(key)} instead of {b.get(key)}"
+    return "of another version"
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        found: dict[str, Any] = {}
+        for key, part in value.items():
+            found |= _flat(part, f"{prefix}.{key}" if prefix else str(key))
+        return found
+    return {prefix: value}
+
+
+def remove_data(folder: Path) -> None:
+    """Delete what a finished run no longer needs: its samples, caches and device memories."""
+    for name in (FOLDER, "cache", "devices", STATE):
+        shutil.rmtree(folder / name, ignore_errors=True)

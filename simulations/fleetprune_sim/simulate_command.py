@@ -1,0 +1,183 @@
+"""`fleetprune simulate`: a fleet on this machine, without a network and in its own time."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from fleetprune.errors import ConfigError, FleetpruneError
+from fleetprune_sim.assemble import parse_changes, parse_seeds
+from fleetprune_sim.methods import METHODS, find_method
+from fleetprune_sim.study import Order, Progress, Tell, carry_out_all
+
+app = typer.Typer()
+
+
+@app.command()
+def simulate(
+    fleet: Annotated[
+        Path | None, typer.Argument(help="A fleet.toml [default: the task's own fleet].")
+    ] = None,
+    *,
+    task: Annotated[
+        str, typer.Option(help="What the fleet learns: a name, or module:factory.")
+    ] = "",
+    method: Annotated[
+        str, typer.Option(help=f"One or several of {', '.join(METHODS)}; with commas.")
+    ] = "nested",
+    clients: Annotated[int | None, typer.Option(min=1, help="Devices in the fleet.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of training.")] = None,
+    seed: Annotated[str, typer.Option(help="One or several: 3, 0,2,5 or 0-4.")] = "0",
+    engine: Annotated[
+        str,
+        typer.Option(click_type=click.Choice(["loop", "ray"]), help="What does devices' work."),
+    ] = "loop",
+    out: Annotated[Path, typer.Option(help="Folder of the run, or of all runs.")] = Path("out"),
+    resume: Annotated[bool, typer.Option(help="Go on with what is in --out.")] = False,
+    init: Annotated[
+        Path | None, typer.Option(help="Start from this trained dense model (a state_dict).")
+    ] = None,
+    warm_rounds: Annotated[
+        int, typer.Option(min=0, help="Train the dense model for so many rounds first.")
+    ] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes for one run.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE over fleet.toml: training.learning_rate=0.05."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print summaries as JSON.")] = False,
+) -> None:
+    """Train a simulated fleet with one or several methods, and report what each class gets.
+
+    Everything that decides is the real thing: the coordinator's strategy, solver, codec and
+    release code, and the devices' own training. Only the network and the clock are simulated.
+    """
+    values = parse_changes(changes or [])
+    values |= {
+        key: value
+        for key, value in {
+            "training.rounds": rounds,
+            "simulation.devices": clients,
+            "model.initial": None if init is None else str(init.absolute()),
+        }.items()
+        if value is not None
+    }
+    if init is not None and warm_rounds:
+        raise ConfigError("give either --init or --warm-rounds")
+    if init is not None and not init.is_file():
+        raise ConfigError(f"--init: no file {init}")
+    methods = [find_method(name.strip()).name for name in method.split(",")]
+    seeds = parse_seeds(seed)
+    single = len(methods) * len(seeds) == 1
+    orders = [
+        Order(
+            folder=out if single else out / name / f"seed-{number}",
+            fleet=fleet,
+            task=task,
+            method=name,
+            seed=number,
+            changes=values,
+            engine=engine,
+            workers=workers,
+            resume=resume,
+            warm_rounds=warm_rounds,
+        )
+        for number in seeds
+        for name in methods
+    ]
+    console = Console(stderr=True)
+    summaries = _carry_out(orders, jobs, console)
+    if as_json:
+        typer.echo(json.dumps(summaries[0] if single else summaries, indent=2))
+    else:
+        _tables(summaries, Console())
+
+
+def _carry_out(orders: Sequence[Order], jobs: int, console: Console) -> list[dict[str, Any]]:
+    """Summaries in the order of `orders`; the first failure is raised when all have ended."""
+    summaries: dict[Path, dict[str, Any]] = {}
+    failed: list[Exception] = []
+    with _bars(console) as bars:
+        tell = _teller(bars, orders, console)
+        for order, outcome in carry_out_all(orders, jobs, tell):
+            if isinstance(outcome, dict):
+                summaries[order.folder] = outcome
+            else:
+                failed.append(outcome)
+                what = outcome if isinstance(outcome, FleetpruneError) else repr(outcome)
+                console.print(f"{order.title}: {what}", highlight=False, markup=False)
+    if failed:
+        raise failed[0]
+    return [summaries[order.folder] for order in orders]
+
+
+def _bars(console: Console) -> Bars:
+    return Bars(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _teller(bars: Bars, orders: Sequence[Order], console: Console) -> Tell:
+    titles = {order.folder: order.title for order in orders}
+    rows: dict[Path, TaskID] = {}
+    said: dict[Path, str] = {}
+
+    def tell(news: Progress) -> None:
+        if news.folder not in rows:
+            rows[news.folder] = bars.add_task(titles[news.folder], total=news.total, note="")
+        bars.update(rows[news.folder], completed=news.done, total=news.total, note=news.note)
+        if not console.is_terminal and news.note != said.get(news.folder):
+            said[news.folder] = news.note
+            line = f"{titles[news.folder]}: {news.done} of {news.total}, {news.note}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    return tell
+
+
+def _tables(summaries: Sequence[dict[str, Any]], console: Console) -> None:
+    for summary in summaries:
+        title = f"{summary['task']}, {summary['method']}, seed {summary['seed']}"
+        table = Table(title=title, title_justify="left")
+        for column in ("class", "devices", "accuracy", "own data", "MACs", "file", "budget"):
+            table.add_column(column, justify="left" if column in ("class", "budget") else "right")
+        for name, entry in summary["classes"].items():
+            table.add_row(name, *_cells(entry, summary["dense"]))
+        console.print(table)
+        traffic = summary["traffic"]
+        up = traffic["up_bytes_per_client_round"]
+        console.print(
+            f"up {up / 1e3:.1f} kB per device and round, all tasks counted; a dense float32 update "
+            f"is {traffic['dense_up_bytes_per_client_round'] / 1e3:.1f} kB",
+            highlight=False,
+        )
+
+
+def _cells(entry: dict[str, Any], dense: dict[str, Any]) -> list[str]:
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f} %"
+
+    artifact = entry["artifact"]
+    if artifact is None:
+        return [str(entry["devices"]), "-", "-", "-", "-", "no model"]
+    return [
+        str(entry["devices"]),
+        percent(entry["accuracy"]),
+        percent(entry["own_accuracy"]),
+        f"{100 * artifact['macs'] / dense['macs']:.0f} %",
+        f"{artifact['bytes'] / 1e3:.0f} kB",
+        "held" if entry["within_budget"] else "[red]exceeded[/red]",
+    ]

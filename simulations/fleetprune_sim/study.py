@@ -1,0 +1,181 @@
+"""Several runs, one after another or side by side, each in a folder of its own."""
+
+import json
+import logging
+import multiprocessing
+import queue
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fleetprune_sim.assemble import assemble
+from fleetprune_sim.run import SUMMARY, Simulation, claim
+
+CHECKPOINT = "dense.pt"
+LOOK_S = 0.2  # seconds between two looks at what other processes tell
+
+
+@dataclass(frozen=True)
+class Order:
+    """One run, as a process of its own can be told to do it."""
+
+    folder: Path
+    fleet: Path | None
+    task: str
+    method: str
+    seed: int
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    engine: str = "loop"
+    workers: int = 1
+    resume: bool = False
+    warm_rounds: int = 0
+    """Rounds of dense training by everyone before the run begins."""
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.method} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Something has happened in a run."""
+
+    folder: Path
+    done: int
+    """steps: training rounds, then calibration passes"""
+    total: int
+    note: str = ""
+
+
+Tell = Callable[[Progress], None]
+
+
+def carry_out(order: Order, tell: Tell) -> dict[str, Any]:
+    """Do a run, or what is left of it; returns its summary."""
+    quiet()
+    finished = order.folder / SUMMARY
+    changes = dict(order.changes)
+    if order.warm_rounds:
+        changes["model.initial"] = str(_warm_up(order, tell).absolute())
+    wanted = assemble(
+        order.fleet,
+        order.task,
+        order.method,
+        order.seed,
+        changes,
+        engine=order.engine,
+        workers=order.workers,
+    )
+    claim(order.folder, wanted, resume=order.resume)
+    if finished.exists():
+        summary: dict[str, Any] = json.loads(finished.read_text())
+        return summary
+    training = wanted.config.training
+    total = training.rounds + training.calibration_passes
+    last: dict[str, float] = {}
+
+    def closed(metrics: dict[str, Any]) -> None:
+        last.update(metrics["evaluated"])
+        done = metrics["round"] + (metrics["step"] if metrics["phase"] == "calibrate" else 0)
+        note = " ".join(f"{name} {100 * value:.1f}" for name, value in last.items())
+        tell(Progress(order.folder, done, total, note))
+
+    tell(Progress(order.folder, 0, total))
+    with Simulation(wanted, order.folder, closed) as simulation:
+        simulation.train()
+        summary = simulation.finish()
+    tell(Progress(order.folder, total, total, "done"))
+    return summary
+
+
+def _warm_up(order: Order, tell: Tell) -> Path:
+    """The dense model that the fleet is taken to run already; trained once per task and seed."""
+    folder = order.folder.parent / f"warm-{order.warm_rounds}-seed-{order.seed}"
+    checkpoint = folder / CHECKPOINT
+    if checkpoint.exists():
+        return checkpoint
+    rounds = {"training.rounds": order.warm_rounds}
+    kept = {k: v for k, v in order.changes.items() if k.startswith(("simulation.", "model."))}
+    wanted = assemble(order.fleet, order.task, "dense", order.seed, {**kept, **rounds})
+    claim(folder, wanted, resume=True)
+
+    def closed(metrics: dict[str, Any]) -> None:
+        tell(Progress(order.folder, 0, 1, f"dense round {metrics['round']}"))
+
+    with Simulation(wanted, folder, closed) as simulation:
+        simulation.train()
+        simulation.finish()
+        model = simulation.coordinator.rounds.model
+        (stats,) = model.stats.values()
+        state = simulation.coordinator.network.state_dict()
+        state.update({name: torch.from_numpy(v) for name, v in (model.params | stats).items()})
+        part = checkpoint.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(checkpoint)
+    return checkpoint
+
+
+def carry_out_all(
+    orders: Sequence[Order], jobs: int, tell: Tell
+) -> Iterator[tuple[Order, dict[str, Any] | Exception]]:
+    """Do several runs; yields each with its summary, or with why it failed, as they end."""
+    if jobs <= 1 or len(orders) == 1:
+        for order in orders:
+            try:
+                yield order, carry_out(order, tell)
+            except Exception as e:  # the others go on
+                yield order, e
+        return
+    context = multiprocessing.get_context("spawn")
+    news: Any = context.Queue()
+    with ProcessPoolExecutor(jobs, context, initializer=_listen, initargs=(news,)) as pool:
+        running: dict[Future[dict[str, Any]], Order] = {
+            pool.submit(_carry_out_there, order): order for order in orders
+        }
+        try:
+            while running:
+                ended, _ = wait(running, timeout=LOOK_S, return_when=FIRST_COMPLETED)
+                _pass_on(news, tell)
+                for future in ended:
+                    order = running.pop(future)
+                    error = future.exception()
+                    yield order, future.result() if error is None else _as_exception(error)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _as_exception(error: BaseException) -> Exception:
+    return error if isinstance(error, Exception) else RuntimeError(str(error))
+
+
+def _pass_on(news: Any, tell: Tell) -> None:
+    while True:
+        try:
+            tell(news.get_nowait())
+        except queue.Empty:
+            return
+
+
+_news: Any = None
+"""Queue of a worker process."""
+
+
+def _listen(news: Any) -> None:
+    global _news  # noqa: PLW0603  (a pool gives its workers no other place)
+    _news = news
+
+
+def _carry_out_there(order: Order) -> dict[str, Any]:
+    return carry_out(order, _news.put)
+
+
+def quiet() -> None:
+    """One thread per process, and no chatter from libraries."""
+    torch.set_num_threads(1)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
