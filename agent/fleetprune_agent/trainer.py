@@ -31,7 +31,8 @@ class Trained:
 
     Attributes:
         params: (P,) float32.
-        stats: (S,) float32, BatchNorm running means and variances.
+        stats: (S,) float32, BatchNorm running means and variances; (0,) where the graphs leave them
+            as they are.
         taylor: (U,) float32, sum over steps; None where the graph has no gates.
         steps: Optimiser steps taken.
         loss: Mean over the samples seen; None without steps.
@@ -96,7 +97,7 @@ def train(
     pull = np.float32(learning_rate * proximal)
     constant = {"lr": rate} if prior is None else {"lr": rate, "prior": prior}
     taylor: NDArray[np.float64] | None = None
-    loss_sum, seen, taken = 0.0, 0, 0
+    loss_sum, seen, taken, moved = 0.0, 0, 0, False
     while taken < total:
         for batch in batches:
             if stopped():
@@ -114,6 +115,7 @@ def train(
             loss_sum += loss * batch.samples
             seen += batch.samples
             state = {k: out.get(f"{k}_out", v) for k, v in state.items()}
+            moved = "stats_out" in out
             if pull:
                 state["params"] -= pull * (state["params"] - payload.params)
             if after_step is not None:
@@ -129,7 +131,7 @@ def train(
         require_finite(f"taylor after {taken} steps", taylor)
     return Trained(
         params=state["params"],
-        stats=state["stats"],
+        stats=state["stats"] if moved else np.zeros(0, np.float32),
         taylor=None if taylor is None else taylor.astype(np.float32),
         steps=taken,
         loss=loss_sum / seen if seen else None,

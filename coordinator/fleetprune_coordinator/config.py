@@ -110,6 +110,11 @@ class TrainingConfig(Section):
     """Of what the labels teach the narrower model directly."""
     mutual_weight: float = Field(default=0.5, ge=0)
     """Of what the narrower model teaches back."""
+    fixed_statistics: Share = 0.5
+    """Share of the rounds after which BatchNorm normalises by the fleet's own statistics, measured
+    then, instead of each batch's; 1: never, they are measured at the end."""
+    fixed_learning_rate: float = Field(default=0.3, gt=0)
+    """Times the learning rate while statistics are fixed."""
     calibration_passes: int = Field(default=8, ge=0)
     calibration_devices: int = Field(default=64, ge=0)
     """How many devices the statistics come from, the same in every pass; 0: all."""
@@ -127,7 +132,13 @@ class TrainingConfig(Section):
     @property
     def final_remask(self) -> int:
         """The last round that may bring new masks."""
-        return self.rounds // 2 if self.last_remask is None else self.last_remask
+        last = self.rounds // 2 if self.last_remask is None else self.last_remask
+        return min(last, self.calibration_round)
+
+    @property
+    def calibration_round(self) -> int:
+        """The training round after which the BatchNorm statistics are measured."""
+        return max(1, round(self.fixed_statistics * self.rounds))
 
     @model_validator(mode="after")
     def _enough_devices(self) -> Self:

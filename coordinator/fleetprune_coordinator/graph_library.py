@@ -14,6 +14,7 @@ from torch import nn
 from fleetprune.layout import Architecture, KeepCounts, Role, axis_indices
 from fleetprune.messages import GraphRef
 from fleetprune_coordinator.graphs import (
+    Fixed,
     GateMember,
     Graph,
     Student,
@@ -131,7 +132,12 @@ class GraphLibrary:
         self._made: dict[str, GraphRef] = {}
 
     def train_steps(
-        self, keep: KeepCounts, partners: Sequence[KeepCounts | None], block: int
+        self,
+        keep: KeepCounts,
+        partners: Sequence[KeepCounts | None],
+        block: int,
+        *,
+        fixed: bool = False,
     ) -> tuple[GraphRef, ...]:
         """Training graphs of a shape.
 
@@ -139,11 +145,15 @@ class GraphLibrary:
             keep: The shape that trains.
             partners: Shapes within it that it teaches by distillation, one per graph; None: none.
             block: Channel block of the device's runtime; 0: portable operators.
+            fixed: BatchNorm normalises by the statistics that come with the model: its own, then
+                those of each partner in turn.
 
         Returns:
             References to the published graphs, one per partner.
         """
-        return tuple(self._train_step(keep, partner, block) for partner in partners)
+        inside = [dict(partner) for partner in partners if partner is not None]
+        among = inside if fixed else None
+        return tuple(self._train_step(keep, partner, block, among) for partner in partners)
 
     def observe(self, keep: KeepCounts) -> GraphRef:
         """The graph that sums squares and BatchNorm moments for a shape."""
@@ -158,10 +168,19 @@ class GraphLibrary:
 
         return self._once(export, kind="observe", keep=dict(keep))
 
-    def _train_step(self, wide: KeepCounts, keep: KeepCounts | None, block: int) -> GraphRef:
+    def _train_step(
+        self,
+        wide: KeepCounts,
+        keep: KeepCounts | None,
+        block: int,
+        among: Sequence[dict[str, int]] | None,
+    ) -> GraphRef:
         def export() -> Graph:
             options = self._options
-            student = None
+            student = fixed = None
+            if among is not None:
+                narrower = [resize(self._model, self._architecture, shape) for shape in among]
+                fixed = Fixed(narrower, None if keep is None else among.index(dict(keep)))
             if keep is not None:
                 student = Student(
                     resize(self._model, self._architecture, keep),
@@ -181,10 +200,12 @@ class GraphLibrary:
                 gates=gate_members(self._architecture, wide),
                 student=student,
                 prior=options.prior,
+                fixed=fixed,
             )
 
         partner = dict(keep) if keep is not None else None
-        return self._once(export, kind="train", keep=dict(wide), student=partner, block=block)
+        key = {"keep": dict(wide), "student": partner, "block": block, "fixed": among}
+        return self._once(export, kind="train", **key)
 
     def _once(self, export: Callable[[], Graph], **key: Any) -> GraphRef:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

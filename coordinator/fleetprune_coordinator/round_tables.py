@@ -109,7 +109,7 @@ class RoundTables(Store):
             ).lastrowid
             devices = {r["name"]: r["id"] for r in self.query("SELECT name, id FROM devices")}
             blobs: dict[bytes, Blob] = {}
-            for task, model in tasks:
+            for _, model in tasks:
                 if model not in blobs:
                     blobs[model] = self.put_blob(model)
             rows = [

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetprune.errors import FleetpruneError, TransportError
-from fleetprune.layout import Architecture
+from fleetprune.layout import Architecture, Role
 from fleetprune.messages import Blob, GraphRef, Task, TaskKind
 from fleetprune.model_payload import encode_model
 from fleetprune.result import Result, decode_result
@@ -162,16 +162,22 @@ class Rounds:
 
     def remaining(self) -> list[RoundKey]:
         """Rounds still to do, the open one first."""
-        last, passes = self._settings.rounds, self._settings.calibration_passes
+        settings = self._settings
         seen = {_key(r): r for r in self._registry.rounds()}
         left = [
             RoundKey(Phase.TRAIN, number, tries)
-            for number in range(1, last + 1)
+            for number in range(1, settings.rounds + 1)
             if (tries := _tries(seen.values(), number)) is not None
         ]
-        if left or not self._calibrated:
-            steps = (RoundKey(Phase.CALIBRATE, last, s) for s in range(1, passes + 1))
-            left += [key for key in steps if key not in seen]
+        at = self._calibration_round
+        before = [key for key in left if key.number <= at]
+        went_on = any(k.phase is Phase.TRAIN and k.number > at for k in seen)
+        if before or not (self._calibrated or went_on):
+            steps = (
+                RoundKey(Phase.CALIBRATE, at, s) for s in range(1, settings.calibration_passes + 1)
+            )
+            before += [key for key in steps if key not in seen]
+        left = before + [key for key in left if key.number > at]
         score = RoundKey(Phase.SCORE, 0)
         if self._scored_first and score not in seen:
             left.insert(0, score)
@@ -188,12 +194,25 @@ class Rounds:
             self._library.observe(keep)
             trainers = [d for d in devices if d.device_class == name and d.trains]
             for block in sorted({0} | {d.block for d in trainers}) if trainers else ():
-                self._train_steps(name, block)
+                for fixed in {False, self._calibration_round < self._settings.rounds}:
+                    self._train_steps(name, block, fixed=fixed)
 
-    def _train_steps(self, name: str, block: int) -> tuple[GraphRef, ...]:
-        shapes = self.model.shapes
-        partners = self._policy.partners(self._settings, shapes, name)
-        return self._library.train_steps(shapes[name], partners, block)
+    @property
+    def _calibration_round(self) -> int:
+        """The training round after which statistics are measured; the last if it has none."""
+        measured = any(self._architecture.role(Role.STATISTIC))
+        return self._settings.calibration_round if measured else self._settings.rounds
+
+    def _fixed(self, key: RoundKey) -> bool:
+        """Whether a round trains with statistics that do not change."""
+        return key.phase is Phase.TRAIN and key.number > self._calibration_round
+
+    def _partners(self, name: str) -> list[dict[str, int] | None]:
+        return self._policy.partners(self._settings, self.model.shapes, name)
+
+    def _train_steps(self, name: str, block: int, *, fixed: bool) -> tuple[GraphRef, ...]:
+        keep = self.model.shapes[name]
+        return self._library.train_steps(keep, self._partners(name), block, fixed=fixed)
 
     def begin(self) -> list[Assignment]:
         """Open the next round, or find the one that was open; empty when there is none left."""
@@ -219,20 +238,23 @@ class Rounds:
         ]
 
     def _plan(self, key: RoundKey) -> list[Assignment]:
-        payloads: dict[tuple[str, bool], tuple[bytes, Blob]] = {}
+        payloads: dict[tuple[str, bool, bool], tuple[bytes, Blob]] = {}
         graphs: dict[tuple[str, int], tuple[GraphRef, ...]] = {}
 
         def train_steps(name: str, block: int) -> tuple[GraphRef, ...]:
             if (name, block) not in graphs:
-                graphs[name, block] = self._train_steps(name, block)
+                graphs[name, block] = self._train_steps(name, block, fixed=self._fixed(key))
             return graphs[name, block]
 
         planned = []
         for device in self._cohort(key):
             for name in self._shapes_for(key, device):
-                kind = (name, self._knows(device))
+                kind = (name, self._knows(device), self._fixed(key) and device.trains)
                 if kind not in payloads:
-                    model = self._payload(key, *kind)
+                    fixed = kind[2]
+                    model = (
+                        self._fixed_payload(key, name) if fixed else self._payload(key, *kind[:2])
+                    )
                     payloads[kind] = (model, Blob.of(model))
                 model, blob = payloads[kind]
                 task = self._task(key, device, name, blob, train_steps)
@@ -255,11 +277,26 @@ class Rounds:
         codec = self._settings.down_codec
         return encode_model(self.model.mask_version, key.number, params, stats, codec)
 
+    def _fixed_payload(self, key: RoundKey, name: str) -> bytes:
+        """As `_payload`, with the statistics of every model that the class teaches."""
+        params, stats = self.model.vectors(self._architecture, name)
+        every = np.concatenate([stats, *self._narrower_statistics(name)])
+        codec = self._settings.down_codec
+        return encode_model(self.model.mask_version, key.number, params, every, codec)
+
+    def _narrower_statistics(self, name: str) -> list[NDArray[np.float32]]:
+        """Flat statistics of the narrower models, in the order of the class's partners."""
+        shapes = self.model.shapes
+        owners = [
+            next(owner for owner, keep in shapes.items() if dict(keep) == partner)
+            for partner in self._partners(name)
+            if partner is not None
+        ]
+        return [self.model.vectors(self._architecture, owner)[1] for owner in owners]
+
     def _cohort(self, key: RoundKey) -> list[DeviceRecord]:
         devices = self._registry.devices(online=True) or self._registry.devices()
-        if (
-            key.phase is Phase.SCORE
-        ):  # who holds less than the widest class knows nothing of the rest
+        if key.phase is Phase.SCORE:  # who holds less knows nothing of the rest
             widths = {name: sum(keep.values()) for name, keep in self.model.shapes.items()}
             widest = max(widths.values())
             devices = [d for d in devices if widths[d.device_class] == widest]
@@ -334,7 +371,10 @@ class Rounds:
         share = self._settings.final_learning_rate_share
         progress = (number - 1) / max(1, self._settings.rounds - 1)
         wave = 0.5 * (1 + math.cos(math.pi * progress))
-        return self._settings.learning_rate * (share + (1 - share) * wave)
+        fixed = number > self._calibration_round
+        peak = self._settings.learning_rate
+        peak *= self._settings.fixed_learning_rate if fixed else 1.0
+        return peak * (share + (1 - share) * wave)
 
     # ---- taking in
 
@@ -422,6 +462,8 @@ class Rounds:
             stats = intake.statistics()
         if not self._finite(params, *stats.values()):
             params, stats = model.params, dict(model.stats)
+        if self._fixed(key):
+            stats = dict(model.stats)  # observing devices measure them all the same
         if key.phase is Phase.SCORE:
             params = model.params  # what rounding made of changes of 0
         if key.phase is Phase.CALIBRATE and intake.answers:

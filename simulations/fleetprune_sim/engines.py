@@ -1,14 +1,18 @@
-"""Where the tasks of a round are done: in this process, or in several."""
+"""Where the tasks of a round are done: in this process, in several, or on several machines."""
 
+import importlib
+import importlib.util
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
-from fleetprune.errors import TransportError
+from fleetprune.errors import ConfigError, MissingExtraError, TransportError
 from fleetprune_sim.station import Done, Job, Station
+
+ENGINES = ("loop", "ray")
 
 
 class Engine(Protocol):
@@ -21,6 +25,39 @@ class Engine(Protocol):
     def close(self) -> None:
         """End all processes."""
         ...
+
+
+def check_engine(name: str) -> None:
+    """Whether an engine can be used here.
+
+    Raises:
+        ConfigError: There is none of this name.
+        MissingExtraError: What it needs is not installed.
+    """
+    if name not in ENGINES:
+        raise ConfigError(f"no engine {name!r}, expected {' or '.join(ENGINES)}")
+    if name == "ray" and importlib.util.find_spec("ray") is None:
+        raise MissingExtraError(
+            "--engine ray needs ray, which is not installed: pip install 'fleetprune[ray]'"
+        )
+
+
+def make_engine(
+    name: str, folder: Path, method: str, trains: frozenset[str], workers: int
+) -> Engine:
+    """The engine of this name; the other arguments as for `Station`.
+
+    Raises:
+        ConfigError: There is none of this name.
+        MissingExtraError: What it needs is not installed.
+    """
+    check_engine(name)
+    if name == "ray":
+        module = importlib.import_module("fleetprune_sim.ray_engine")
+        return cast(Engine, module.RayEngine(folder, method, trains, workers))
+    if workers <= 1:
+        return InProcess(folder, method, trains)
+    return Processes(folder, method, trains, workers)
 
 
 class InProcess:

@@ -1,5 +1,7 @@
 """How good each class's model is, judged by the simulator, which alone sees all data."""
 
+import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fleetprune.layout import Architecture
+from fleetprune_agent.runtime import inference_session
 from fleetprune_coordinator.fleet_model import FleetModel
 from fleetprune_coordinator.resize import extract
 from fleetprune_sim.data.partition import Indices
@@ -59,6 +62,19 @@ def own_accuracy(
     right = outputs(model, x[every]).argmax(1).numpy() == y[every]
     cuts = np.cumsum([part.size for part in parts])[:-1]
     return float(np.mean([piece.mean() for piece in np.split(right, cuts)]))
+
+
+def latency_ms(onnx: bytes, input_shape: Sequence[int], times: int = 30) -> float:
+    """Median milliseconds for one sample on one core of this machine, with plain onnxruntime."""
+    session = inference_session(onnx)
+    feeds = {session.get_inputs()[0].name: np.zeros((1, *input_shape), np.float32)}
+    session.run(None, feeds)
+    took = []
+    for _ in range(times):
+        start = time.perf_counter()
+        session.run(None, feeds)
+        took.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(took)
 
 
 def class_model(

@@ -5,7 +5,8 @@ whichever worker is free does the jobs of the next message, each with the device
 """
 
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,9 @@ from fleetprune_sim.fleet import DEVICES, FOLDER
 from fleetprune_sim.station import Done, Job, Station
 
 WORKER_FAILED = 1001  # error code: the job could not be tried; Flower's own are below 1000
+ENOUGH_S = 1.0
+"""After which the rest of a message's jobs is left to another message: Ray can only be ended
+between two messages, and nobody waits long after Ctrl-C."""
 
 app = ClientApp()
 
@@ -38,11 +42,19 @@ def work(message: Message, context: Context) -> Message:
     try:
         setup, jobs = read_request(message.content)
         station = open_station(setup)
-        answer = reply(station.run(job) for job in jobs)
+        answer = answers(list(_in_time(station, jobs)))
     except Exception as e:  # it would reach the engine as pages of Ray's and Flower's tracebacks
         what = str(e) if isinstance(e, TransportError) else f"{type(e).__name__}: {e}"
         return Message(Error(WORKER_FAILED, f"{socket.gethostname()}: {what}"), reply_to=message)
     return Message(answer, reply_to=message)
+
+
+def _in_time(station: Station, jobs: Sequence[Job]) -> Iterator[Done]:
+    started = time.monotonic()
+    for job in jobs:
+        yield station.run(job)
+        if time.monotonic() - started > ENOUGH_S:
+            return
 
 
 @lru_cache(maxsize=1)
@@ -88,3 +100,25 @@ def read_request(content: RecordDict) -> tuple[Setup, list[Job]]:
     made = Setup(str(setup["folder"]), str(setup["method"]), tuple(setup["trains"]))
     columns = (jobs[name] for name in ("device", "task", "model", "memory"))
     return made, [Job(*values) for values in zip(*columns, strict=True)]
+
+
+def answers(done: Sequence[Done]) -> RecordDict:
+    """The content of the reply, in the order of the jobs."""
+    return RecordDict(
+        {
+            "done": ConfigRecord(
+                {
+                    "frame": [d.frame or b"" for d in done],  # no frame is empty
+                    "reason": [d.reason for d in done],
+                    "memory": [d.memory or b"" for d in done],
+                }
+            )
+        }
+    )
+
+
+def read_answers(content: RecordDict) -> list[Done]:
+    """What `answers` wrote."""
+    done = content.config_records["done"]
+    columns = (done[name] for name in ("frame", "reason", "memory"))
+    return [Done(f or None, reason, m or None) for f, reason, m in zip(*columns, strict=True)]

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,8 +27,8 @@ from fleetprune_coordinator.strategy import NestedStrategy, run_app, server_app
 from fleetprune_sim import memories
 from fleetprune_sim.clock import TRAINING, Clock
 from fleetprune_sim.data.corpus import Corpus
-from fleetprune_sim.engines import Engine, InProcess, Processes
-from fleetprune_sim.evaluate import class_model, own_accuracy, score
+from fleetprune_sim.engines import Engine, make_engine
+from fleetprune_sim.evaluate import class_model, latency_ms, own_accuracy, score
 from fleetprune_sim.fleet import DEVICES, FOLDER, Fleet, build_fleet
 from fleetprune_sim.grid import Rule, SimulatedGrid
 from fleetprune_sim.history import FILE, DeviceRow, EvaluationRow, History, RoundRow
@@ -77,15 +78,23 @@ class Simulation:
         self.wanted, self.folder, self._on_round = wanted, folder, on_round
         self.settings: SimulationConfig = simulation_of(wanted.config)
         self.method = find_method(wanted.method)
-        self._started = time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
         self.fleet = self._fleet()
         self.counts = dict.fromkeys(wanted.config.classes, 0)
         for member in self.fleet.members.values():
             self.counts[member.device_class] += 1
         self.plan = self.method.plan(wanted.config, self.counts)
-        self.history = History(folder / FILE)
+        self._open = ExitStack()
+        with ExitStack() as opening:
+            self._open_parts(opening)
+            self._open = opening.pop_all()
+
+    def _open_parts(self, opening: ExitStack) -> None:
+        """Everything that must be closed again, also if the next of it fails to open."""
+        wanted, folder = self.wanted, self.folder
+        self.history = opening.enter_context(History(folder / FILE))
         self._memories = Memories(folder / memories.FILE)
+        opening.callback(self._memories.close)
         self.history.write(
             DeviceRow(m.name, m.device_class, len(m.train), json.dumps(self._label_counts(m.train)))
             for m in self.fleet.members.values()
@@ -93,16 +102,18 @@ class Simulation:
         state = folder / STATE
         if not (state / RELEASES).exists():
             init_repository(state / RELEASES, datetime.now(UTC))
-        self._events = EventLog(None, time.time)
-        self.coordinator = Coordinator(
-            self._model_config(),
-            time.time,
-            self._events,
-            policy=self.method.policy(),
-            rounds=self.method.rounds(wanted.config),
+        self.coordinator = opening.enter_context(
+            Coordinator(
+                self._model_config(),
+                time.time,
+                EventLog(None, time.time),
+                policy=self.method.policy(),
+                rounds=self.method.rounds(wanted.config),
+            )
         )
         self._enrol()
         self._engine: Engine = self._make_engine()
+        opening.callback(self._engine.close)
 
     def __enter__(self) -> Self:
         return self
@@ -113,10 +124,7 @@ class Simulation:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._engine.close()
-        self.history.close()
-        self._memories.close()
-        self.coordinator.registry.close()
+        self._open.close()
 
     # ---- opening
 
@@ -164,11 +172,8 @@ class Simulation:
 
     def _make_engine(self) -> Engine:
         trains = frozenset(n for n, c in self.wanted.config.classes.items() if c.trains)
-        if self.wanted.engine == "loop":
-            if self.wanted.workers <= 1:
-                return InProcess(self.folder, self.wanted.method, trains)
-            return Processes(self.folder, self.wanted.method, trains, self.wanted.workers)
-        raise ConfigError(f"no engine {self.wanted.engine!r}, expected loop or ray")
+        wanted = self.wanted
+        return make_engine(wanted.engine, self.folder, wanted.method, trains, wanted.workers)
 
     # ---- training
 
@@ -321,7 +326,7 @@ class Simulation:
                 "params": release.artifact.parameters,
                 "macs": costs.macs,
                 "peak_activation_bytes": costs.peak_activation_bytes,
-                "latency_ms": None,
+                "latency_ms": round(latency_ms(release.artifact.onnx, fleet.x.shape[1:]), 4),
             }
             | coordinator.rounds.figures(model),
             "keep": dict(coordinator.rounds.model.shapes[model]),
@@ -401,7 +406,6 @@ def claim(folder: Path, wanted: Wanted, *, resume: bool) -> None:
         {
             "task": wanted.task,
             "method": wanted.method,
-            "engine": wanted.engine,
             "config": wanted.config.model_dump(mode="json"),
         },
         indent=1,

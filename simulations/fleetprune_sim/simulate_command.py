@@ -15,7 +15,12 @@ from rich.table import Table
 from fleetprune.errors import ConfigError, FleetpruneError
 from fleetprune_sim.assemble import parse_changes, parse_seeds
 from fleetprune_sim.methods import METHODS, find_method
+from fleetprune_sim.report.page import write_report
+from fleetprune_sim.report.runs import read_run
 from fleetprune_sim.study import Order, Progress, Tell, carry_out_all
+
+REPORT = "report.html"
+"""Name of the report in the folder of the run, or of all runs."""
 
 app = typer.Typer()
 
@@ -95,10 +100,14 @@ def simulate(
     ]
     console = Console(stderr=True)
     summaries = _carry_out(orders, jobs, console)
+    report = out / REPORT
+    runs = [read_run(order.folder) for order in orders]
+    write_report(report, runs, f"{summaries[0]['task']}: {', '.join(methods)}")
     if as_json:
         typer.echo(json.dumps(summaries[0] if single else summaries, indent=2))
     else:
         _tables(summaries, Console())
+        Console().print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _carry_out(orders: Sequence[Order], jobs: int, console: Console) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ TASKS: Mapping[str, SimTask] = {
         "fleetprune_sim.models:digits_cnn",
         fleet=_fleet(
             ("gateway", "phone", "camera", "sensor"),
-            {"rounds": 30, "epochs": 2},
+            {"rounds": 50, "epochs": 2},
             {"devices": 24, "samples_per_device": 48, "partition": _BY_LABEL},
         ),
     ),

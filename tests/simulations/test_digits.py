@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
@@ -49,3 +51,23 @@ def test_devices_differ_and_the_seed_decides():
 def test_too_many_devices():
     with pytest.raises(DataError, match="too few for 100 devices with at least 64 each"):
         digits.load([f"d{i}" for i in range(100)], seed=0)
+
+
+def test_corpus_has_every_image_once():
+    corpus = digits.corpus(4, Path("unused"))
+    ours = np.concatenate([corpus.x, corpus.x_validation, corpus.x_test]).reshape(1797, 64)
+    labels = np.concatenate([corpus.y, corpus.y_validation, corpus.y_test])
+    raw = load_digits()
+    got = sorted((*image, label) for image, label in zip(ours * 16, labels, strict=True))
+    assert got == sorted((*image, label) for image, label in zip(raw.data, raw.target, strict=True))
+    assert (corpus.input_shape, corpus.x.dtype) == ((1, 8, 8), np.float32)
+
+
+def test_corpus_holds_out_a_share_of_every_digit():
+    corpus, same, other = (digits.corpus(seed, Path("unused")) for seed in (0, 0, 1))
+    of = np.bincount(load_digits().target)
+    assert (np.bincount(corpus.y_test) == (of * 0.2).astype(int)).all()
+    assert (np.abs(np.bincount(corpus.y_validation) - of * 0.15) <= 1).all()
+    assert (corpus.x_test == same.x_test).all()
+    assert (corpus.x_validation == same.x_validation).all()
+    assert (corpus.x_test != other.x_test).any()

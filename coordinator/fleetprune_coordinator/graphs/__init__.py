@@ -15,6 +15,14 @@ from fleetprune_coordinator.graphs import (  # noqa: F401  (registers the loweri
 from fleetprune_coordinator.graphs.export_infer import export_infer
 from fleetprune_coordinator.graphs.export_observe import export_observe
 from fleetprune_coordinator.graphs.export_train import export_train_step
-from fleetprune_coordinator.graphs.types import GateMember, Graph, Student
+from fleetprune_coordinator.graphs.types import Fixed, GateMember, Graph, Student
 
-__all__ = ["GateMember", "Graph", "Student", "export_infer", "export_observe", "export_train_step"]
+__all__ = [
+    "Fixed",
+    "GateMember",
+    "Graph",
+    "Student",
+    "export_infer",
+    "export_observe",
+    "export_train_step",
+]

@@ -12,7 +12,7 @@ from fleetprune_coordinator.graphs.losses import LOSSES, Loss
 from fleetprune_coordinator.graphs.lowering import Lowering, NotLoweredError, dtype_name
 from fleetprune_coordinator.graphs.trace import explain, prepare, trace
 from fleetprune_coordinator.graphs.training_step import TrainingStep, training_step
-from fleetprune_coordinator.graphs.types import GateMember, Graph, Student, finished
+from fleetprune_coordinator.graphs.types import Fixed, GateMember, Graph, Student, finished
 from fleetprune_coordinator.graphs.values import Value
 from fleetprune_coordinator.graphs.writer import NCHWC, GraphWriter
 
@@ -32,6 +32,7 @@ def export_train_step(
     gates: Gates = (),
     student: Student | None = None,
     prior: bool = False,
+    fixed: Fixed | None = None,
     gradient: bool = False,
 ) -> Graph:
     """One step of SGD as a graph.
@@ -67,6 +68,8 @@ def export_train_step(
             there only: with the log frequencies of the device's labels, a class that the device
             seldom sees is not unlearned (logit adjustment, Menon et al. 2021; per device, FedLC,
             Zhang et al. 2022).
+        fixed: BatchNorm normalises by the input `stats`, which then also holds the statistics of
+            all narrower models, and there is no output stats_out ("FixBN", Zhong et al. 2023).
         gradient: Also return the gradient.
 
     Raises:
@@ -77,7 +80,7 @@ def export_train_step(
     if function is None:
         raise GraphError(f"loss {loss!r}, expected one of {sorted(LOSSES)} or a function")
     _check_block(block)
-    step = training_step(model, function, student, torch.float32, prior)
+    step = training_step(model, function, student, torch.float32, prior=prior, fixed=fixed)
     units = _check_gates(gates, step.params)
     x = example[:1].expand(batch, *example.shape[1:]).contiguous()
     y = _targets(step.model, x, loss, target)
@@ -114,7 +117,7 @@ def export_train_step(
         ),
     )
     if not writer.uses("RandomUniform"):
-        exact = training_step(model, function, student, torch.float64, prior)
+        exact = training_step(model, function, student, torch.float64, prior=prior, fixed=fixed)
         meta = _expect(exact, meta, weight_decay, gates)
     onnx = writer.serialize({METADATA_KEY: meta.to_json()}, turn="loss")
     check.check_here(onnx, meta)
@@ -223,7 +226,7 @@ def _write(
     writer.output(low.plain(loss), "loss", ())
     writer.output(writer.op("Sub", params, writer.op("Mul", moved, lr)), "params_out", (size,))
     writer.output(moved, "momentum_out", (size,))
-    if step.stats:
+    if step.stats and step.fixed is None:
         now = [low.updated.get(s) or low.plain(s) for s in stats]
         writer.output(join_state(writer, now), "stats_out", (statistic_size,))
     if gates:
@@ -294,7 +297,7 @@ def _expect(step: TrainingStep, meta: GraphMeta, weight_decay: float, gates: Gat
         "params_out": feeds["params"] - check.flatten(moved),
     }
     scales = {}
-    if stats:
+    if stats and step.fixed is None:
         outputs["stats_out"] = check.flatten(stats)
     if gates:
         products = {n: p * g for n, p, g in zip(step.params, params, gradients, strict=True)}

@@ -1,6 +1,6 @@
 """What the training graph computes, as a torch function: loss and gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from fleetprune.errors import GraphError
 from fleetprune_coordinator.graphs.losses import Loss, distillation, weighted_mean
 from fleetprune_coordinator.graphs.trace import is_batch_norm, prepare, statistics
-from fleetprune_coordinator.graphs.types import Student
+from fleetprune_coordinator.graphs.types import Fixed, Student
 
 FEW = 8
 """Runs of consecutive indices up to which an index list is written as slices."""
@@ -27,12 +27,17 @@ class TrainingStep:
     student: Student | None = None
     adjusted: bool = False
     """The last of `state` is the prior, (classes,) log frequencies added to the output."""
+    fixed: Fixed | None = None
+    """BatchNorm normalises by given statistics instead of the batch's."""
     params: dict[str, torch.Tensor] = field(init=False)
     stats: dict[str, torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.params = {n: p.detach() for n, p in self.model.named_parameters()}
         self.stats = statistics(self.model)
+        if self.fixed is not None:
+            for place, narrow in enumerate(self.fixed.narrower):
+                self.stats |= {f"{place}/{name}": t for name, t in statistics(narrow).items()}
 
     def __call__(
         self, x: torch.Tensor, y: torch.Tensor, sw: torch.Tensor, *state: torch.Tensor
@@ -50,18 +55,21 @@ class TrainingStep:
         tensors = dict(zip(self.params, values, strict=True))
         buffers = dict(zip(self.stats, state[count:end], strict=True))
         with torch.enable_grad():
-            output = torch.func.functional_call(self.model, tensors | buffers, (x,))
+            own = {name: t for name, t in buffers.items() if "/" not in name}
+            output = torch.func.functional_call(self.model, tensors | own, (x,))
             shifted = output + state[end] if self.adjusted else output
             loss = weighted_mean(self.loss(shifted, y), sw)
             if self.student is not None:
                 small = {n: take(tensors[n], i) for n, i in self.student.index.items()}
-                guess = torch.func.functional_call(self.student.model, small, (x,))
+                guess = torch.func.functional_call(
+                    self.student.model, small | self._students(buffers), (x,)
+                )
                 extra = weighted_mean(distillation(output, guess), sw)
                 loss = loss + self.student.weight * extra
                 if self.student.task:
                     shifted = guess + state[end] if self.adjusted else guess
-                    own = weighted_mean(self.loss(shifted, y), sw)
-                    loss = loss + self.student.task * own
+                    task = weighted_mean(self.loss(shifted, y), sw)
+                    loss = loss + self.student.task * task
                 if self.student.mutual:
                     back = weighted_mean(distillation(guess, output), sw)
                     loss = loss + self.student.mutual * back
@@ -73,6 +81,13 @@ class TrainingStep:
                 for g, p in zip(gradients, values, strict=True)
             ),
         )
+
+    def _students(self, buffers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The student's statistics; none where it normalises by the batch."""
+        if self.fixed is None or self.fixed.student is None:
+            return {}
+        prefix = f"{self.fixed.student}/"
+        return {n.removeprefix(prefix): t for n, t in buffers.items() if n.startswith(prefix)}
 
 
 def take(tensor: torch.Tensor, index: Sequence[slice | list[int]]) -> torch.Tensor:
@@ -103,20 +118,41 @@ def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def training_step(
-    model: nn.Module, loss: Loss, student: Student | None, dtype: torch.dtype, prior: bool
+    model: nn.Module,
+    loss: Loss,
+    student: Student | None,
+    dtype: torch.dtype,
+    *,
+    prior: bool,
+    fixed: Fixed | None = None,
 ) -> TrainingStep:
     """The step of a copy of the model, and of the student if there is one."""
-    twin = prepare(model).to(dtype).train()
+    twin = _training_copy(model, dtype, fixed)
     if student is None:
-        return TrainingStep(twin, loss, adjusted=prior)
-    narrow = prepare(student.model).to(dtype).train()
+        return TrainingStep(twin, loss, adjusted=prior, fixed=_typed(fixed, dtype))
+    narrow = _training_copy(student.model, dtype, fixed)
     for module in narrow.modules():
-        if is_batch_norm(module):  # normalises by the batch and remembers nothing
+        if is_batch_norm(module) and fixed is None:  # the batch's alone, and remembers nothing
             module.register_buffer("running_mean", None)
             module.register_buffer("running_var", None)
-    step = TrainingStep(twin, loss, replace(student, model=narrow), prior)
+    step = TrainingStep(twin, loss, replace(student, model=narrow), prior, _typed(fixed, dtype))
     _check_student(step)
     return step
+
+
+def _typed(fixed: Fixed | None, dtype: torch.dtype) -> Fixed | None:
+    """With the statistics of `narrower` in `dtype`."""
+    if fixed is None:
+        return None
+    return replace(fixed, narrower=[prepare(narrow).to(dtype) for narrow in fixed.narrower])
+
+
+def _training_copy(model: nn.Module, dtype: torch.dtype, fixed: Fixed | None) -> nn.Module:
+    twin = prepare(model).to(dtype).train()
+    for module in twin.modules():
+        if fixed is not None and is_batch_norm(module):
+            module.eval()
+    return twin
 
 
 def _check_student(step: TrainingStep) -> None:

@@ -1,7 +1,7 @@
 """What the exports take and return."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -39,6 +39,20 @@ class Student:
     mutual: float = 0.0
     """Weight of KL(student || model): the model learns from the student, whose tensors more
     devices have trained (deep mutual learning, Zhang et al. 2018)."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """BatchNorm statistics that are inputs of the training graph and do not change in it.
+
+    The input `stats` holds the trained model's own, then those of each narrower model in turn,
+    so that it is the same for all graphs of one shape.
+    """
+
+    narrower: Sequence[nn.Module] = ()
+    """All narrower models that a device of this shape teaches."""
+    student: int | None = None
+    """Which of them is this graph's student; None: it has none."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ packed or unpacked, or from images in one folder per class. The data set is not 
 project: see `WHERE`.
 """
 
+import gzip
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -184,13 +185,15 @@ def _files(source: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
                 _check_size(name, (source / name).stat().st_size)
                 yield name, (source / name).read_bytes()
         return
-    with tarfile.open(source, "r:gz") as archive:
+    with gzip.open(source) as packed, tarfile.open(fileobj=packed, mode="r:") as archive:
         for member in archive:
             name = member.name.rpartition("/")[2]
-            file = archive.extractfile(member) if name in names else None  # None: no plain file
-            if file is not None:
+            if name in names and member.isfile():
                 _check_size(name, member.size)
-                yield name, file.read()
+                file = archive.extractfile(member)
+                yield name, file.read() if file is not None else b""
+        while packed.read(2**20):
+            pass  # up to the checksum at its end
 
 
 def _check_size(name: str, size: int) -> None:

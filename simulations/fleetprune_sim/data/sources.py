@@ -56,6 +56,9 @@ def kept(cache: Path | None, name: str, parse: Callable[[], Arrays]) -> Arrays:
         cache: Folder for parsed data sets, made if needed; None: parse.
         name: Of the data set and its state, see `fingerprint`.
         parse: Reads the source.
+
+    Raises:
+        DataError: The cache cannot be written, or what `parse` raises.
     """
     if cache is None:
         return parse()
@@ -67,10 +70,13 @@ def kept(cache: Path | None, name: str, parse: Callable[[], Arrays]) -> Arrays:
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             file.unlink(missing_ok=True)  # cut short by a crash: parse again
     arrays = parse()
-    cache.mkdir(parents=True, exist_ok=True)
     part = cache / f"{name}.{os.getpid()}.part.npz"  # several runs may share a cache
-    np.savez(part, **arrays)  # type: ignore[arg-type]  # the stubs take names for options
-    part.replace(file)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        np.savez(part, **arrays)  # type: ignore[arg-type]  # the stubs take names for options
+        part.replace(file)
+    except OSError as e:
+        raise DataError(f"{e.filename or part} cannot be written: {e.strerror or e}") from e
     return arrays
 
 

@@ -46,7 +46,7 @@ WHERE = (
     f"(CC BY-SA 4.0) and put it as {ARCHIVE} or unpacked into the folder that {VARIABLE} names"
 )
 
-_RECORDING = re.compile(r"(?:^|/)(\d)_([^_/]+)_(\d+)\.wav$")
+_RECORDING = re.compile(r"(?:^|/)(\d)_([^/]+)_(\d+)\.wav$")
 
 
 def corpus(seed: int, cache: Path) -> Corpus:
@@ -123,7 +123,7 @@ def read_wave(name: str, data: bytes) -> NDArray[np.float32]:
             samples = file.getnframes()
             frames = file.readframes(samples)
     except (wave.Error, EOFError) as e:
-        raise DataError(f"{name}: no WAV file: {e or 'it is cut short'}") from e
+        raise DataError(f"{name}: no WAV file: {str(e) or 'it is cut short'}") from e
     if kind != (RATE, 1, 16):
         raise DataError(
             f"{name}: {kind[0]} Hz, {kind[1]} channels, {kind[2]} bits, "

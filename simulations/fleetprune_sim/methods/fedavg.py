@@ -21,6 +21,7 @@ PLAIN = {
     "top_k": 1.0,
     "stratified": False,
     "outlier": 0.0,
+    "fixed_statistics": 1.0,
 }
 """Training settings without anything that the original methods do not have."""
 

@@ -1,4 +1,4 @@
-"""FedTiny: devices choose the first mask by their BatchNorm, then masks move block by block.
+"""FedTiny: devices choose the first mask by their BatchNorm, then the mask moves block by block.
 
 Huang et al., "Distributed Pruning Towards Tiny Neural Networks in Federated Learning", ICDCS 2023.
 The server prunes the initial model in several ways, with random densities per tensor. Devices
@@ -12,48 +12,48 @@ Left open by the paper or chosen here:
 - *Selection* takes one exchange, which is round 1 of the training. Losses are measured in training
   mode, with each batch's own statistics, on at most `JUDGED` batches: the paper sends statistics
   to and fro once more and judges with the pooled ones.
-- *Candidates* (`POOL`): the paper's pool grows as density falls. They differ by factors between
-  `1 - NOISE` and `1 + NOISE` on a tensor's density; the first is uniform. All fit the budget.
+- *Candidates*: the paper's pool grows as density falls, here it has `POOL`. Densities per tensor
+  differ by factors between `1 - NOISE` and `1 + NOISE`, those of the first are uniform; all
+  candidates fit the budget.
 - The paper starts from a model pre-trained on a public set; here that is `model.initial`, if there
   is one, else the random model.
-- *Blocks*: at most `BLOCKS`, not more than there are adjustments; from the output backwards.
-- *Gradients* are those of one batch after training.
-- First and last layer, biases and norms stay, unless the two layers take more than half the
+- *Blocks*: at most `BLOCKS`, and no more than there are adjustments; from the output backwards.
+- First and last layer, biases and norms stay, unless the two layers take more than half of the
   budget.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fleetprune.messages import Codec, Task
 from fleetprune.model_payload import ModelPayload
-from fleetprune.positions import decode_positions, encode_positions
 from fleetprune.result import Result
 from fleetprune.values import encode_values
 from fleetprune_agent.data import Batches
 from fleetprune_agent.feedback import Memory
-from fleetprune_agent.sessions import Graph, require_finite, run_graph
-from fleetprune_agent.trainer import Trained
+from fleetprune_agent.sessions import Arrays, Graph, require_finite, run_graph
 from fleetprune_agent.worker import streams
 from fleetprune_coordinator.bounds import Bounds
+from fleetprune_coordinator.records import Phase
 from fleetprune_coordinator.rounds import RoundKey
 from fleetprune_sim.methods.sparse.budget import keep_counts
-from fleetprune_sim.methods.sparse.device import MaskedWorker, Masking
+from fleetprune_sim.methods.sparse.device import packed
 from fleetprune_sim.methods.sparse.frames import (
     SparsePayload,
     SparseResult,
     encode_answer,
     floats,
-    section,
 )
-from fleetprune_sim.methods.sparse.intake import SparseIntake, check_counts
+from fleetprune_sim.methods.sparse.grow import GROW, GradientWorker, named_weights
+from fleetprune_sim.methods.sparse.intake import SparseIntake
 from fleetprune_sim.methods.sparse.method import SparseMethod
 from fleetprune_sim.methods.sparse.prunable import Bools, Prunable, best_per_tensor
 from fleetprune_sim.methods.sparse.rounds import SparseRounds
 
-SELECT, GROW = "select", "grow"
+SELECT = "select"
 POOL = 8
 """Candidates."""
 NOISE = 0.5
@@ -65,23 +65,24 @@ MOVED = 0.3
 LAST_SHARE = 1 / 3
 """Of the rounds, until which the mask changes: round 100 of 300 in the paper."""
 BLOCKS = 5
-"""Into which a network is divided, as in the paper's ResNet-18."""
+"""Into which a network is divided: so many has the paper's ResNet-18."""
+_STREAM = 2212  # of random numbers; any constant that no other draw has
 
 
-def block_of(turn: int, tensors: int, blocks: int) -> slice:
+def block_of(turn: int, tensors: int, blocks: int) -> range:
     """The tensors that are adjusted in the `turn`-th adjustment, counted from 0.
 
     Args:
         turn: Of the adjustment.
         tensors: Prunable tensors of the network.
-        blocks: Into how many runs of tensors it is divided, as evenly as may be.
+        blocks: Into how many runs they are divided, as evenly as may be.
 
     Returns:
         A run of tensors: the last one first.
     """
-    edges = np.linspace(0, tensors, blocks + 1).round().astype(int).tolist()
+    edges = [tensors * i // blocks for i in range(blocks + 1)]
     place = blocks - 1 - turn % blocks
-    return slice(edges[place], edges[place + 1])
+    return range(edges[place], edges[place + 1])
 
 
 def grow_and_prune(
@@ -97,7 +98,7 @@ def grow_and_prune(
         prunable: The tensors.
         mask: (n,) until now.
         weights: (n,).
-        gradient: (n,) mean over devices; 0 for what none of them sent.
+        gradient: (n,) summed over devices; 0 for what none of them sent.
         counts: Per tensor how many move.
 
     Returns:
@@ -108,8 +109,8 @@ def grow_and_prune(
     return (mask & ~pruned) | grown
 
 
-class CandidateWorker(MaskedWorker):
-    """Judges candidates, and sends its largest gradients."""
+class CandidateWorker(GradientWorker):
+    """Judges candidates; later names weights with their gradients."""
 
     def _train(
         self,
@@ -123,85 +124,128 @@ class CandidateWorker(MaskedWorker):
         if payload.header.ask != SELECT:
             return super()._train(task, graphs, payload, memory, started)
         order, *_ = streams(task)
-        losses = np.array([self._loss(graphs[0], payload, m, order) for m in payload.candidates])
+        batches = Batches(self.samples.x, self.samples.y, graphs[0].meta.batch or 1, order)
+        losses = self._losses(graphs[0], payload, batches)
         header = self._header(task, self._clock() - started)
-        require_finite("losses", losses)
-        sections = {"losses": encode_values(losses.astype(np.float32), Codec.FP32)}
+        sections = {"losses": encode_values(losses, Codec.FP32)}
+        memory = memory.left_out(task.mask_version, task.shape, packed(payload.mask))
         return memory, encode_answer(header, sections)
 
-    def _loss(
-        self, graph: Graph, payload: SparsePayload, mask: Bools, order: np.random.Generator
-    ) -> float:
-        """Mean loss under a candidate's mask, with each batch's own BatchNorm statistics."""
-        batches = Batches(self.samples.x, self.samples.y, graph.meta.batch or 1, order)
-        params = payload.params * payload.prunable.support(mask)
-        feeds = {"params": params, "momentum": np.zeros_like(params), "stats": payload.stats}
-        feeds["lr"] = np.zeros((), np.float32)
+    def _losses(
+        self, graph: Graph, payload: SparsePayload, batches: Batches
+    ) -> NDArray[np.float32]:
+        """(candidates,) mean losses, with each batch's own BatchNorm statistics."""
+        judged = [batch for _, batch in zip(range(JUDGED), batches, strict=False)]
+        zeros = np.zeros_like(payload.params)
+        feeds: Arrays = {"stats": payload.stats, "momentum": zeros, "lr": np.zeros((), np.float32)}
         if (prior := self._prior(graph)) is not None:
             feeds["prior"] = prior
-        total = seen = 0.0
-        for _, batch in zip(range(JUDGED), batches, strict=False):
-            out = run_graph(
-                graph.session, {**feeds, "x": batch.x, "y": batch.y, "sw": batch.sw}
-            )
-            total += float(out["loss"]) * batch.samples
-            seen += batch.samples
-        return total / seen
-
-    def _report(
-        self,
-        graph: Graph,
-        payload: SparsePayload,
-        trained: Trained,
-        masking: Masking,
-        batches: Batches,
-    ) -> dict[str, bytes]:
-        if payload.header.ask != GROW:
-            return {}
-        gradient = self._gradient(graph, payload, trained, next(iter(batches)))
-        counts = payload.header.counts
-        top = best_per_tensor(payload.prunable, np.abs(gradient), ~payload.mask, counts)
-        return {
-            "grown": encode_positions(np.flatnonzero(top), top.size),
-            "gradient": encode_values(gradient[top], Codec.FP32),
-        }
-
-
-def top_positions(
-    result: SparseResult, prunable: Prunable, mask: Bools, counts: Sequence[int]
-) -> NDArray[np.intp]:
-    """Places of the pruned weights that an answer names, `counts` of each tensor.
-
-    Raises:
-        WireError: The section is missing or does not decode.
-        MessageError: Other numbers are named, or weights that are there already.
-    """
-    data = section(result, "grown")
-    places = decode_positions(data, prunable.n, sum(counts))
-    named = np.zeros(prunable.n, np.bool_)
-    named[places] = True
-    check_counts(result, prunable.kept(named & ~mask), counts)
-    return places
+        losses = np.zeros(len(payload.candidates), np.float32)
+        for i, mask in enumerate(payload.candidates):
+            feeds["params"] = payload.params * payload.prunable.support(mask)
+            for batch in judged:
+                out = run_graph(graph.session, feeds | {"x": batch.x, "y": batch.y, "sw": batch.sw})
+                losses[i] += float(out["loss"]) * batch.samples
+        losses /= sum(batch.samples for batch in judged)
+        require_finite("losses", losses)
+        return losses
 
 
 class LossIntake(SparseIntake):
     """Devices' losses of the candidates."""
 
-    candidates = POOL
+    def __init__(self, *args: Any, **rest: Any) -> None:
+        super().__init__(*args, **rest)
+        self.losses = np.zeros(POOL)
+        """(candidates,) summed with the devices' weights."""
 
     def _add_trained(self, task: Task, result: Result, weight: float) -> None:
         assert isinstance(result, SparseResult)
-        losses = floats(result, "losses", self.candidates)
-        self.losses: NDArray[np.float64] = getattr(self, "losses", 0.0) + weight * losses.astype(
-            np.float64
-        )
+        self.losses += weight * floats(result, "losses", POOL).astype(np.float64)
         self._answers += 1
 
 
 class GradientIntake(SparseIntake):
-    """Devices' largest gradients."""
+    """Weights, and the largest gradients of pruned ones."""
 
-    counts: tuple[int, ...]
+    def __init__(self, *args: Any, counts: Sequence[int], **rest: Any) -> None:
+        super().__init__(*args, **rest)
+        self._counts = counts
+        self.gradient = np.zeros(self.mask.size)
+        """(n,) summed with the devices' weights."""
 
     def _take(self, result: SparseResult, values: NDArray[np.float32], weight: float) -> None:
-        ...
+        places = named_weights(result, self.layout.prunable, self.mask, self._counts)
+        self.gradient[places] += weight * floats(result, "gradient", places.size).astype(np.float64)
+
+
+class FedTinyRounds(SparseRounds):
+    """Selects, then adjusts block by block."""
+
+    spare_ends = True
+    last_share = LAST_SHARE
+
+    def _first_mask(self, weights: NDArray[np.float32]) -> Bools:
+        """All: the candidates are cut from the whole model, when round 1 is planned."""
+        return np.ones(weights.size, np.bool_)
+
+    def candidates(self) -> tuple[Bools, ...]:
+        """Masks of the initial model, (n,) each."""
+        rng = np.random.default_rng([self._settings.seed, _STREAM])
+        weights = np.abs(self._params()[self.layout.prunable.index])
+        every = np.ones(weights.size, np.bool_)
+        masks = []
+        for i in range(POOL):
+            noise = rng.uniform(-NOISE, NOISE, len(self.layout.shapes)) * (i > 0)
+            counts = keep_counts(self.layout, (1 + noise).tolist(), self.budget)
+            masks.append(best_per_tensor(self.layout.prunable, weights, every, counts))
+        return tuple(masks)
+
+    def adjusting(self) -> list[int]:
+        """Not round 1, which selects."""
+        return [number for number in super().adjusting() if number > 1]
+
+    def _ask(self, key: RoundKey) -> tuple[str, tuple[int, ...]]:
+        turns = self.adjusting()
+        if key.number not in turns:
+            return "", ()
+        tensors = len(self.layout.shapes)
+        blocks = min(BLOCKS, tensors, len(turns))
+        block = block_of(turns.index(key.number), tensors, blocks)
+        moving = self._moving(key.number, MOVED)
+        return GROW, tuple(k if i in block else 0 for i, k in enumerate(moving))
+
+    def _payload(self, key: RoundKey, name: str, known: bool) -> bytes:
+        if key.phase is not Phase.TRAIN or key.number > 1:
+            return super()._payload(key, name, known)
+        masks = self.candidates()
+        union = np.logical_or.reduce(masks)
+        return self._encode(key, name, union, ask=SELECT, candidates=masks)
+
+    def _sparse_intake(self, key: RoundKey, bounds: Bounds) -> SparseIntake:
+        if key.number == 1:
+            return self._new_intake(LossIntake, bounds)
+        ask, counts = self._ask(key)
+        if not ask:
+            return super()._sparse_intake(key, bounds)
+        return self._new_intake(GradientIntake, bounds, counts=counts)
+
+    def _next_mask(
+        self, key: RoundKey, intake: SparseIntake, weights: NDArray[np.float32]
+    ) -> Bools:
+        if isinstance(intake, LossIntake):
+            return self.candidates()[int(np.argmin(intake.losses))]
+        if isinstance(intake, GradientIntake):
+            _, counts = self._ask(key)
+            return grow_and_prune(self.layout.prunable, self.mask, weights, intake.gradient, counts)
+        return self.mask
+
+
+class FedTiny(SparseMethod):
+    """A mask that devices select and move."""
+
+    name = "fedtiny"
+    title = "FedTiny"
+    paper = "Huang et al. 2023"
+    exchange = FedTinyRounds
+    device = CandidateWorker

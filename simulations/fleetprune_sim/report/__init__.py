@@ -1,0 +1,1 @@
+"""Finished simulations side by side: a page for people, tables for scripts."""

@@ -1,0 +1,41 @@
+// Draws the charts and makes the downloads out of the tables that the page holds once.
+(() => {
+  const { config, tasks } = JSON.parse(document.getElementById("data").textContent);
+
+  const field = (value) => {
+    const text = value === null ? "" : String(value);
+    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const csv = ({ columns, rows }) =>
+    [columns, ...rows].map((row) => `${row.map(field).join(",")}\n`).join("");
+
+  for (const link of document.querySelectorAll("a[data-table]")) {
+    const table = tasks[link.dataset.task].tables[link.dataset.table];
+    link.href = URL.createObjectURL(new Blob([csv(table)], { type: "text/csv;charset=utf-8" }));
+    link.hidden = false;
+  }
+
+  const records = ({ columns, rows }, where) => {
+    const wanted = Object.entries(where).map(([name, value]) => [columns.indexOf(name), value]);
+    return rows
+      .filter((row) => wanted.every(([at, value]) => row[at] === value))
+      .map((row) => Object.fromEntries(columns.map((name, at) => [name, row[at]])));
+  };
+
+  const drawn = [];
+  for (const { tables, specs, plots } of Object.values(tasks)) {
+    for (const [id, { spec, table, where, label }] of Object.entries(plots)) {
+      const datasets = { [table]: records(tables[table], where) };
+      const options = {
+        renderer: "svg",
+        config,
+        downloadFileName: id,
+        actions: { export: true, source: false, compiled: false, editor: false },
+      };
+      drawn.push(vegaEmbed(`#${id}`, { ...specs[spec], description: label, datasets }, options));
+    }
+  }
+  Promise.all(drawn).then((views) => {
+    document.documentElement.dataset.charts = String(views.length);
+  });
+})();

@@ -1,0 +1,113 @@
+"""`summary.json` of a simulated run, read and checked; keys that are unknown here are ignored."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Dense(_Part):
+    """The model that nothing was cut from."""
+
+    params: Count
+    bytes: Count
+    macs: Count
+    accuracy: Share | None = None
+    """on the test set, where some class was given it"""
+
+
+class FleetTraffic(_Part):
+    """Bytes of the whole training; a client round is one device's answer to one training round."""
+
+    up_bytes: Count
+    down_bytes: Count
+    up_bytes_per_client_round: Amount
+    dense_up_bytes_per_client_round: Amount
+    """that a float32 update of the dense model would have taken"""
+
+
+class ClassTraffic(_Part):
+    """Bytes of a class's devices."""
+
+    up_bytes: Count = 0
+    down_bytes: Count = 0
+
+
+class Virtual(_Part):
+    """What the training took by the fleet's own clock."""
+
+    s: Amount
+    energy_j: Amount
+
+
+class Limits(_Part):
+    """Budget of a class; None: no limit."""
+
+    flash_bytes: Positive | None = None
+    ram_bytes: Positive | None = None
+    macs: Positive | None = None
+    latency_ms: Positive | None = None
+
+
+class Artifact(_Part):
+    """The file that a class was given."""
+
+    bytes: Count
+    params: Count
+    macs: Count
+    peak_activation_bytes: Count
+    latency_ms: Amount | None = None
+    sparse_bytes: Count | None = None
+    """of a coding that leaves zeros out, where a method's masks are unstructured"""
+    sparse_macs: Count | None = None
+    """of those, multiplications that are not by zero"""
+
+
+class ClassSummary(_Part):
+    """One device class."""
+
+    devices: Count
+    model: str | None
+    """Class whose model it was given; None: it was left out."""
+    budget: Limits = Limits()
+    artifact: Artifact | None = None
+    keep: Mapping[str, Count] = {}
+    validation_accuracy: Share | None = None
+    accuracy: Share | None = None
+    """on the test set"""
+    own_accuracy: Share | None = None
+    """mean over the class's devices, each on samples that it kept back"""
+    within_budget: bool
+    traffic: ClassTraffic = ClassTraffic()
+
+
+class Summary(_Part):
+    """The whole file."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    task: str
+    method: str
+    seed: int
+    rounds: Count
+    engine: str = ""
+    wall_s: Amount = 0.0
+    client_rounds: Count = 0
+    dense: Dense
+    traffic: FleetTraffic
+    virtual: Virtual
+    labels: tuple[str | int, ...] = ()
+    input_shape: tuple[int, ...] = ()
+    groups: Mapping[str, Count] = {}
+    """units of the dense model"""
+    partition: Mapping[str, Any] = {}
+    settings: Any = None
+    classes: Mapping[str, ClassSummary] = Field(min_length=1)

@@ -1,0 +1,222 @@
+"""`fleetprune simulate` as its users call it: whole runs, kills, and what it refuses."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fleetprune.errors import ConfigError, DataError
+from fleetprune_sim.history import DeviceRow, EvaluationRow, History, RoundRow
+from fleetprune_sim.study import Order, carry_out
+
+ROOT = Path(__file__).parents[2]
+TASK = "tests.simulations.tiny_task:task"
+
+
+def order(folder: Path, method: str = "nested", **options) -> Order:
+    return Order(folder=folder, fleet=None, task=TASK, method=method, seed=0, **options)
+
+
+def run(folder: Path, method: str = "nested", **options):
+    return carry_out(order(folder, method, **options), lambda news: None)
+
+
+def lasting(summary):
+    """Without what depends on the machine."""
+    kept = {k: v for k, v in summary.items() if k not in ("wall_s", "client_rounds_per_s")}
+    kept["classes"] = {
+        name: entry | {"artifact": entry["artifact"] | {"latency_ms": None}}
+        for name, entry in summary["classes"].items()
+    }
+    return kept
+
+
+def simulate(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fleetprune", "simulate", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, run(folder)
+
+
+def test_a_run_tells_what_each_class_gets(whole):
+    folder, summary = whole
+    assert (summary["schema"], summary["task"], summary["method"]) == (1, "tiny", "nested")
+    for name, share in (("large", 1.0), ("small", 0.5)):
+        entry = summary["classes"][name]
+        artifact = entry["artifact"]
+        assert entry["within_budget"]
+        assert artifact["macs"] <= share * summary["dense"]["macs"]
+        assert (folder / artifact["path"]).stat().st_size == artifact["bytes"]
+        assert 0 <= entry["accuracy"] <= 1
+        assert 0 <= entry["own_accuracy"] <= 1
+    assert summary["classes"]["large"]["devices"] + summary["classes"]["small"]["devices"] == 8
+
+
+def test_bytes_time_and_energy_add_up(whole):
+    folder, summary = whole
+    with History(folder / "history.db") as history:
+        rows = history.read(RoundRow)
+        devices = history.read(DeviceRow)
+        evaluated = history.read(EvaluationRow)
+    assert summary["traffic"]["up_bytes"] == sum(r.up_bytes for r in rows) > 0
+    assert summary["traffic"]["down_bytes"] == sum(r.down_bytes for r in rows) > 0
+    assert summary["virtual"]["energy_j"] == pytest.approx(sum(r.energy_j for r in rows), abs=1e-3)
+    per_round = {(r.phase, r.number, r.step): r.virtual_s for r in rows}
+    assert summary["virtual"]["s"] == pytest.approx(sum(per_round.values()), abs=1e-2)
+    assert all(r.tasks == r.answers + r.late + r.lost for r in rows)
+    assert summary["client_rounds"] == sum(r.answers for r in rows if r.phase == "train")
+    assert sorted({e.round for e in evaluated}) == [2, 4, 6]
+    assert len(devices) == 8
+    assert all(sum(json.loads(d.label_counts)) == d.samples for d in devices)
+
+
+def test_the_same_seed_gives_the_same_run_in_any_number_of_processes(whole, tmp_path):
+    _, summary = whole
+    assert lasting(run(tmp_path / "two", workers=2)) == lasting(summary)
+
+
+def test_another_seed_gives_another_run(whole, tmp_path):
+    _, summary = whole
+    other = carry_out(Order(tmp_path / "run", None, TASK, "nested", seed=1), lambda news: None)
+    assert (
+        other["classes"]["large"]["artifact"]["sha256"]
+        != (summary["classes"]["large"]["artifact"]["sha256"])
+    )
+
+
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_a_run_killed_at_any_time_ends_as_if_it_had_not_been(whole, tmp_path, rounds):
+    _, summary = whole
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "fleetprune", "simulate", "--task", TASK, "--out", folder]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 90
+        while _rounds(folder) < rounds and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    with pytest.raises(ConfigError, match=r"holds this run already: add --resume to go on"):
+        run(folder)
+    assert lasting(run(folder, resume=True)) == lasting(summary)
+
+
+def _rounds(folder: Path) -> int:
+    """Training rounds that a run has finished."""
+    try:
+        with sqlite3.connect(f"file:{folder / 'history.db'}?mode=ro", uri=True) as db:
+            return int(db.execute("SELECT count(DISTINCT number) FROM rounds").fetchone()[0])
+    except sqlite3.Error:
+        return 0
+
+
+def test_several_methods_and_seeds_have_a_folder_each(tmp_path):
+    done = simulate(
+        "--task", TASK, "--out", tmp_path / "all", "--method", "nested,small", "--seed", "0-1",
+        "--rounds", 1, "--jobs", 2, "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs = json.loads(done.stdout)
+    assert [(r["method"], r["seed"], r["rounds"]) for r in runs] == [
+        ("nested", 0, 1),
+        ("small", 0, 1),
+        ("nested", 1, 1),
+        ("small", 1, 1),
+    ]
+    for found in runs:
+        place = tmp_path / "all" / found["method"] / f"seed-{found['seed']}" / "summary.json"
+        assert json.loads(place.read_text()) == found
+
+
+def test_methods_serve_classes_as_they_say(tmp_path):
+    exclude = run(tmp_path / "exclude", "exclude", changes={"training.rounds": 1})
+    assert exclude["classes"]["small"]["artifact"] is None
+    assert exclude["classes"]["small"]["traffic"] == {"up_bytes": 0, "down_bytes": 0}
+    dense = run(tmp_path / "dense", "dense", changes={"training.rounds": 1})
+    assert [c["within_budget"] for c in dense["classes"].values()] == [True, False]
+    small = run(tmp_path / "small", "small", changes={"training.rounds": 1})
+    assert len({c["artifact"]["sha256"] for c in small["classes"].values()}) == 1
+
+
+def test_a_trained_model_is_scored_before_it_is_cut(tmp_path):
+    warm = run(
+        tmp_path / "warm" / "run",
+        warm_rounds=3,
+        changes={"training.rounds": 2, "training.first_criterion": "taylor"},
+    )
+    assert warm["method"] == "nested"
+    with History(tmp_path / "warm" / "run" / "history.db") as history:
+        score = [r for r in history.read(RoundRow) if r.phase == "score"]
+    # Only the class that holds the whole model knows what all of its units are worth.
+    assert [(r.number, r.device_class) for r in score] == [(0, "large")]
+    state = torch.load(tmp_path / "warm" / "warm-3-seed-0" / "dense.pt", weights_only=True)
+    started = tmp_path / "from"
+    again = run(
+        started,
+        changes={
+            "training.rounds": 2,
+            "training.first_criterion": "taylor",
+            "model.initial": str(tmp_path / "warm" / "warm-3-seed-0" / "dense.pt"),
+        },
+    )
+    assert sorted(state) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    assert (
+        again["classes"]["small"]["artifact"]["sha256"]
+        == (warm["classes"]["small"]["artifact"]["sha256"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "fedsgd"}, r"^no method 'fedsgd', expected one of dense, small, "),
+        ({"task": "imagenet"}, r"^task 'imagenet' is unknown, expected one of digits, "),
+        ({"changes": {"simulation.devices": 1}}, r"^1 devices for 2 classes, expected at least"),
+        (
+            {"changes": {"simulation.classes.huge.share": 1.0}},
+            r"^simulation\.classes\.huge: no such class, expected one of large, small$",
+        ),
+        (
+            {"changes": {"simulation.partition.alpah": 1.0}},
+            r"^simulation: partition\.alpah: unknown key, did you mean alpha\?",
+        ),
+        ({"engine": "slurm"}, r"^no engine 'slurm', expected loop or ray$"),
+        (
+            {"changes": {"classes.small.macs_share": 0.001}},
+            r"^class small: macs \d+ cannot be met, the smallest achievable is \d+",
+        ),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(tmp_path, options, message):
+    wanted = {"task": TASK, "method": "nested", **options}
+    with pytest.raises((ConfigError, DataError, Exception), match=message) as caught:
+        carry_out(Order(folder=tmp_path / "run", fleet=None, seed=0, **wanted), lambda news: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path, whole):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("...")
+    with pytest.raises(ConfigError, match=r"is not empty and holds no run"):
+        run(other)
+    assert [p.name for p in other.iterdir()] == ["thesis.tex"]
+    folder, _ = whole
+    with pytest.raises(ConfigError, match=r"holds another run \(method nested instead of small\)"):
+        run(folder, "small", resume=True)
