@@ -110,9 +110,10 @@ class TrainingConfig(Section):
     """Of what the labels teach the narrower model directly."""
     mutual_weight: float = Field(default=0.5, ge=0)
     """Of what the narrower model teaches back."""
-    fixed_statistics: Share = 0.5
+    fixed_statistics: Share = 1.0
     """Share of the rounds after which BatchNorm normalises by the fleet's own statistics, measured
-    then, instead of each batch's; 1: never, they are measured at the end."""
+    then, instead of each batch's; 1: never, they are measured at the end. Where owners differ in
+    more than labels, 0.5 is better; some depthwise networks diverge with it."""
     fixed_learning_rate: float = Field(default=0.3, gt=0)
     """Times the learning rate while statistics are fixed."""
     calibration_passes: int = Field(default=8, ge=0)

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,6 +14,8 @@ from fleetprune.errors import ConfigError, MissingExtraError, TransportError
 from fleetprune_sim.station import Done, Job, Station
 
 ENGINES = ("loop", "ray")
+RAY_ADDRESS = "RAY_ADDRESS"
+"""Environment variable that names a cluster, as Ray itself has it."""
 
 
 class Engine(Protocol):
@@ -27,18 +30,31 @@ class Engine(Protocol):
         ...
 
 
-def check_engine(name: str) -> None:
-    """Whether an engine can be used here.
+def check_engine(name: str, workers: int = 1, jobs: int = 1) -> None:
+    """Whether an engine can be used here, and so.
+
+    Args:
+        name: Of the engine.
+        workers: Processes for one run.
+        jobs: Runs side by side.
 
     Raises:
-        ConfigError: There is none of this name.
+        ConfigError: There is none of this name, or it cannot do what is wanted of it.
         MissingExtraError: What it needs is not installed.
     """
     if name not in ENGINES:
         raise ConfigError(f"no engine {name!r}, expected {' or '.join(ENGINES)}")
-    if name == "ray" and importlib.util.find_spec("ray") is None:
+    if name != "ray":
+        return
+    if importlib.util.find_spec("ray") is None:
         raise MissingExtraError(
             "--engine ray needs ray, which is not installed: pip install 'fleetprune[ray]'"
+        )
+    if jobs > 1:
+        raise ConfigError("--engine ray does one run after another: leave out --jobs")
+    if workers > 1 and os.environ.get(RAY_ADDRESS, "local") != "local":
+        raise ConfigError(
+            f"the cluster at {RAY_ADDRESS} has as many workers as CPUs: leave out --workers"
         )
 
 
@@ -51,7 +67,7 @@ def make_engine(
         ConfigError: There is none of this name.
         MissingExtraError: What it needs is not installed.
     """
-    check_engine(name)
+    check_engine(name, workers)
     if name == "ray":
         module = importlib.import_module("fleetprune_sim.ray_engine")
         return cast(Engine, module.RayEngine(folder, method, trains, workers))

@@ -4,32 +4,24 @@ The clock, the rounds and the history stay with `SimulatedGrid`; Flower and Ray 
 worker processes and answers back. What runs there is `ray_worker`.
 """
 
-import importlib
 import logging
-import os
-import signal
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
-from flwr.supercore import telemetry  # internal, pinned by flwr==1.41.0
 
 from fleetprune.errors import TransportError
+from fleetprune_sim.ray_cluster import ray_running
 from fleetprune_sim.ray_worker import WORKER_FAILED, Setup, app, read_answers, request
 from fleetprune_sim.station import Done, Job
 
 log = logging.getLogger(__name__)
 
-ADDRESS = "RAY_ADDRESS"
-"""Environment variable that names a cluster, as Ray itself has it."""
 MESSAGES_PER_WORKER = 4
 """In a round: many, so that no worker waits long for the last one; few, since Flower hands out
 one message per virtual node and 100 ms."""
@@ -37,7 +29,6 @@ MESSAGE_BYTES = 64 << 20
 """Of jobs in one message; a single job may have more."""
 LOOK_S = 0.01
 """Between two looks at what has come back."""
-SHORT = "/tmp"  # noqa: S108  (Ray's sockets lie below it, and a socket's path holds 107 bytes)
 
 
 class RayEngine:
@@ -72,7 +63,7 @@ class RayEngine:
                     if left := parts[which][len(came[which]) :]:
                         waiting |= self._push({which: left})
             yield from came[i]
-            parts[i] = came[i] = []  # frees the memory
+            parts[i], came[i] = [], []  # frees the memory
 
     def close(self) -> None:
         """End all processes; on a cluster, those of this run."""
@@ -109,43 +100,9 @@ class RayEngine:
     # ---- starting
 
     def _start(self) -> None:
-        chatty, keep = log.isEnabledFor(logging.DEBUG), self._cleanup
-        flower = logging.getLogger("flwr")
-        keep.callback(flower.setLevel, flower.level)
-        flower.setLevel(logging.DEBUG if chatty else logging.CRITICAL)
-        folder = keep.enter_context(
-            tempfile.TemporaryDirectory(prefix="ray-", dir=SHORT, ignore_cleanup_errors=True)
-        )
-        keep.enter_context(_environment(folder))
-        telemetry.FLWR_TELEMETRY_ENABLED = os.environ["FLWR_TELEMETRY_ENABLED"]
-        ray: Any = importlib.import_module("ray")
-        keep.callback(ray.shutdown)
-        address = os.environ.get(ADDRESS)
-        where = (
-            {"address": address}
-            if address
-            else {
-                "address": "local",
-                "num_cpus": self._workers,
-                "num_gpus": 0,
-                "include_dashboard": False,
-                "_temp_dir": folder,
-            }
-        )
-        try:
-            # In this thread: Linux ends what Ray starts with the thread that started it.
-            ray.init(
-                **where,
-                log_to_driver=chatty,
-                logging_level=logging.INFO if chatty else logging.CRITICAL,
-            )
-        except Exception as e:
-            raise TransportError(f"Ray at {address or 'this machine'} does not start: {e}") from e
-        keep.enter_context(_ended_by_sigterm())
-        if address:
-            self._workers = int(ray.cluster_resources().get("CPU", 0))
-        keep.callback(self._thread.join)
-        keep.callback(self._ended.set)
+        self._workers = self._cleanup.enter_context(ray_running(self._workers))
+        self._cleanup.callback(self._thread.join)
+        self._cleanup.callback(self._ended.set)
         self._thread.start()
         # The grid comes before its nodes.
         while self._grid is None or len(list(self._grid.get_node_ids())) < self._nodes:
@@ -177,10 +134,13 @@ class RayEngine:
 def _read(reply: Message) -> list[Done]:
     if not reply.has_error():
         return read_answers(reply.content)
-    error = reply.error
-    if error.code == WORKER_FAILED:
-        raise TransportError(f"a worker of the simulation failed on {error.reason}")
-    log.debug("lost: %s", error.reason)
+    reason = reply.error.reason or ""
+    if reply.error.code == WORKER_FAILED:
+        raise TransportError(f"a worker of the simulation failed on {reason}")
+    log.debug("%s", reason)
+    if "RayTaskError" in reason:  # the process lives; Flower's reason is a whole traceback
+        what = reason.removesuffix("'>").strip().splitlines()[-1]
+        raise TransportError(f"a worker of the simulation failed: {what}")
     raise TransportError(
         "a worker process of the simulation was lost (killed, out of memory, or its machine is "
         "gone); go on with --resume, perhaps with fewer workers"
@@ -199,35 +159,3 @@ def cut(jobs: Sequence[Job], parts: int) -> list[Sequence[Job]]:
             first, size = i, 0
         size += more
     return [*found, jobs[first:]] if jobs else []
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Clean up at SIGTERM too; Ray's own handlers, which this replaces, dump a stack and abort."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
-@contextmanager
-def _environment(folder: str) -> Iterator[None]:
-    """What Ray and Flower read; a user's own choice is left alone."""
-    wanted: Mapping[str, str] = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or Ray warns of what will change
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_HOME": folder,
-    }
-    added = {k: v for k, v in wanted.items() if k not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -97,7 +98,8 @@ def request(setup: Setup, jobs: Sequence[Job]) -> RecordDict:
 def read_request(content: RecordDict) -> tuple[Setup, list[Job]]:
     """What `request` wrote."""
     setup, jobs = content.config_records["setup"], content.config_records["jobs"]
-    made = Setup(str(setup["folder"]), str(setup["method"]), tuple(setup["trains"]))
+    trains = tuple(cast(list[str], setup["trains"]))
+    made = Setup(str(setup["folder"]), str(setup["method"]), trains)
     columns = (jobs[name] for name in ("device", "task", "model", "memory"))
     return made, [Job(*values) for values in zip(*columns, strict=True)]
 

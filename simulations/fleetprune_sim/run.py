@@ -278,6 +278,20 @@ class Simulation:
         write_atomic(self.folder / SUMMARY, json.dumps(summary, indent=1).encode())
         return summary
 
+    def _settings_for_people(self) -> dict[str, Any]:
+        """What decides a run beside its task, method and seed."""
+        config = self.plan.config
+        initial = config.model.initial
+        return {
+            **_sections(config, "training", "pruning", "schedule"),
+            "simulation": self.settings.model_dump(mode="json"),
+            "model": {
+                "factory": config.model.factory,
+                "arguments": config.model.arguments,
+                "initial": None if initial is None else initial.name,  # its folder tells the seed
+            },
+        }
+
     def _judge(self, name: str, released: Mapping[str, Released]) -> dict[str, Any]:
         config, coordinator = self.wanted.config, self.coordinator
         budget = config.classes[name].budget(coordinator.planner.dense)
@@ -390,10 +404,15 @@ class Simulation:
             "input_shape": list(self.plan.config.model.input_shape),
             "groups": dict(architecture.groups),
             "partition": self.settings.partition.model_dump(mode="json"),
-            "settings": training.model_dump(mode="json"),
+            "settings": self._settings_for_people(),
             "classes": dict(judged),
             "devices": [],
         }
+
+
+def _sections(config: FleetConfig, *names: str) -> dict[str, Any]:
+    dumped = config.model_dump(mode="json")
+    return {name: dumped[name] for name in names}
 
 
 def claim(folder: Path, wanted: Wanted, *, resume: bool) -> None:

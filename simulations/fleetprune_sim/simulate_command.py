@@ -1,6 +1,7 @@
 """`fleetprune simulate`: a fleet on this machine, without a network and in its own time."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from fleetprune.errors import ConfigError, FleetpruneError
 from fleetprune_sim.assemble import parse_changes, parse_seeds
+from fleetprune_sim.engines import ENGINES, check_engine
 from fleetprune_sim.methods import METHODS, find_method
 from fleetprune_sim.report.page import write_report
 from fleetprune_sim.report.runs import read_run
@@ -27,6 +29,7 @@ app = typer.Typer()
 
 @app.command()
 def simulate(
+    ctx: typer.Context,
     fleet: Annotated[
         Path | None, typer.Argument(help="A fleet.toml [default: the task's own fleet].")
     ] = None,
@@ -42,7 +45,7 @@ def simulate(
     seed: Annotated[str, typer.Option(help="One or several: 3, 0,2,5 or 0-4.")] = "0",
     engine: Annotated[
         str,
-        typer.Option(click_type=click.Choice(["loop", "ray"]), help="What does devices' work."),
+        typer.Option(click_type=click.Choice(ENGINES), help="What does devices' work."),
     ] = "loop",
     out: Annotated[Path, typer.Option(help="Folder of the run, or of all runs.")] = Path("out"),
     resume: Annotated[bool, typer.Option(help="Go on with what is in --out.")] = False,
@@ -65,6 +68,10 @@ def simulate(
     Everything that decides is the real thing: the coordinator's strategy, solver, codec and
     release code, and the devices' own training. Only the network and the clock are simulated.
     """
+    if getattr(ctx.obj, "debug", False):
+        logging.basicConfig()
+        logging.getLogger("fleetprune_sim").setLevel(logging.DEBUG)
+    check_engine(engine, workers, jobs)
     values = parse_changes(changes or [])
     values |= {
         key: value

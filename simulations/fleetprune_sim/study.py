@@ -101,7 +101,15 @@ def _warm_up(order: Order, tell: Tell) -> Path:
         return checkpoint
     rounds = {"training.rounds": order.warm_rounds}
     kept = {k: v for k, v in order.changes.items() if k.startswith(("simulation.", "model."))}
-    wanted = assemble(order.fleet, order.task, "dense", order.seed, {**kept, **rounds})
+    wanted = assemble(
+        order.fleet,
+        order.task,
+        "dense",
+        order.seed,
+        {**kept, **rounds},
+        engine=order.engine,
+        workers=order.workers,
+    )
     claim(folder, wanted, resume=True)
 
     def closed(metrics: dict[str, Any]) -> None:

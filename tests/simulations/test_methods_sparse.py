@@ -8,9 +8,9 @@ from fleetprune.messages import ResultHeader, TaskKind
 from fleetprune_sim.methods.feddst import readjust
 from fleetprune_sim.methods.fedrts import Posterior, kept_outcome, pruned_outcome
 from fleetprune_sim.methods.fedtiny import block_of, grow_and_prune
-from fleetprune_sim.methods.prunefl import reconfigure, shrinking_limits
 from fleetprune_sim.methods.sparse.frames import SparseResult, encode_mask
 from fleetprune_sim.methods.sparse.grow import named_weights
+from fleetprune_sim.methods.sparse.importance import reconfigure, shrinking_limits
 from fleetprune_sim.methods.sparse.intake import checked_mask
 from fleetprune_sim.methods.sparse.prunable import (
     Prunable,
@@ -18,6 +18,7 @@ from fleetprune_sim.methods.sparse.prunable import (
     best_of,
     best_per_tensor,
 )
+from fleetprune_sim.methods.sparse.schedule import Schedule
 
 ONE = Prunable(4, ((0, 4),))
 """One tensor of four weights."""
@@ -56,6 +57,20 @@ def test_each_tensor_is_chosen_from_by_itself():
 def test_a_mask_leaves_everything_else_where_it_is():
     # Parameters 0..3 and 5..6 are prunable, 4 is a bias.
     assert text(TWO.support(bools("100001"))) == "1000101"
+
+
+# ---- when
+
+
+def test_masks_change_until_a_share_of_the_rounds_and_less_and_less():
+    assert Schedule(40, 5, 0.5).turns() == [5, 10, 15]
+    assert Schedule(40, 5, 1 / 3).turns() == [5, 10]
+    assert Schedule(40, 5, 1.0).turns() == [5, 10, 15, 20, 25, 30, 35]
+    assert Schedule(10, 5, 1 / 3).turns() == [5]  # once in any case, but never at the end
+    assert Schedule(5, 5, 1.0).turns() == []
+    assert Schedule(40, 0, 0.5).turns() == []
+    shares = [Schedule(40, 5, 0.5).share(n, 0.2) for n in (0, 10, 20, 30)]
+    assert shares == pytest.approx([0.2, 0.1, 0, 0])
 
 
 # ---- FedDST

@@ -12,9 +12,9 @@ Left open by the paper or chosen here:
 - *Selection* takes one exchange, which is round 1 of the training. Losses are measured in training
   mode, with each batch's own statistics, on at most `JUDGED` batches: the paper sends statistics
   to and fro once more and judges with the pooled ones.
-- *Candidates*: the paper's pool grows as density falls, here it has `POOL`. Densities per tensor
-  differ by factors between `1 - NOISE` and `1 + NOISE`, those of the first are uniform; all
-  candidates fit the budget.
+- *Candidates*: the paper's pool grows as density falls, here there are `POOL`. Their densities per
+  tensor differ by factors between `1 - NOISE` and `1 + NOISE`, those of the first are uniform; all
+  fit the budget.
 - The paper starts from a model pre-trained on a public set; here that is `model.initial`, if there
   is one, else the random model.
 - *Blocks*: at most `BLOCKS`, and no more than there are adjustments; from the output backwards.
@@ -28,38 +28,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetprune.messages import Codec, Task
-from fleetprune.model_payload import ModelPayload
-from fleetprune.result import Result
-from fleetprune.values import encode_values
-from fleetprune_agent.data import Batches
-from fleetprune_agent.feedback import Memory
-from fleetprune_agent.sessions import Arrays, Graph, require_finite, run_graph
-from fleetprune_agent.worker import streams
+from fleetprune.messages import Task
 from fleetprune_coordinator.bounds import Bounds
 from fleetprune_coordinator.records import Phase
 from fleetprune_coordinator.rounds import RoundKey
 from fleetprune_sim.methods.sparse.budget import keep_counts
-from fleetprune_sim.methods.sparse.device import packed
-from fleetprune_sim.methods.sparse.frames import (
-    SparsePayload,
-    SparseResult,
-    encode_answer,
-    floats,
+from fleetprune_sim.methods.sparse.candidates import (
+    JUDGED,
+    POOL,
+    SELECT,
+    CandidateWorker,
+    LossIntake,
 )
-from fleetprune_sim.methods.sparse.grow import GROW, GradientWorker, named_weights
+from fleetprune_sim.methods.sparse.frames import SparseResult, floats
+from fleetprune_sim.methods.sparse.grow import GROW, named_weights
 from fleetprune_sim.methods.sparse.intake import SparseIntake
 from fleetprune_sim.methods.sparse.method import SparseMethod
 from fleetprune_sim.methods.sparse.prunable import Bools, Prunable, best_per_tensor
 from fleetprune_sim.methods.sparse.rounds import SparseRounds
 
-SELECT = "select"
-POOL = 8
-"""Candidates."""
 NOISE = 0.5
 """Largest relative change of a candidate's density per tensor."""
-JUDGED = 4
-"""Batches per device and candidate."""
 MOVED = 0.3
 """Share of a tensor's weights that changes places at first: 0.15 (1 + cos) in the paper."""
 LAST_SHARE = 1 / 3
@@ -109,62 +98,6 @@ def grow_and_prune(
     return (mask & ~pruned) | grown
 
 
-class CandidateWorker(GradientWorker):
-    """Judges candidates; later names weights with their gradients."""
-
-    def _train(
-        self,
-        task: Task,
-        graphs: list[Graph],
-        payload: ModelPayload,
-        memory: Memory,
-        started: float,
-    ) -> tuple[Memory, bytes]:
-        assert isinstance(payload, SparsePayload)
-        if payload.header.ask != SELECT:
-            return super()._train(task, graphs, payload, memory, started)
-        order, *_ = streams(task)
-        batches = Batches(self.samples.x, self.samples.y, graphs[0].meta.batch or 1, order)
-        losses = self._losses(graphs[0], payload, batches)
-        header = self._header(task, self._clock() - started)
-        sections = {"losses": encode_values(losses, Codec.FP32)}
-        memory = memory.left_out(task.mask_version, task.shape, packed(payload.mask))
-        return memory, encode_answer(header, sections)
-
-    def _losses(
-        self, graph: Graph, payload: SparsePayload, batches: Batches
-    ) -> NDArray[np.float32]:
-        """(candidates,) mean losses, with each batch's own BatchNorm statistics."""
-        judged = [batch for _, batch in zip(range(JUDGED), batches, strict=False)]
-        zeros = np.zeros_like(payload.params)
-        feeds: Arrays = {"stats": payload.stats, "momentum": zeros, "lr": np.zeros((), np.float32)}
-        if (prior := self._prior(graph)) is not None:
-            feeds["prior"] = prior
-        losses = np.zeros(len(payload.candidates), np.float32)
-        for i, mask in enumerate(payload.candidates):
-            feeds["params"] = payload.params * payload.prunable.support(mask)
-            for batch in judged:
-                out = run_graph(graph.session, feeds | {"x": batch.x, "y": batch.y, "sw": batch.sw})
-                losses[i] += float(out["loss"]) * batch.samples
-        losses /= sum(batch.samples for batch in judged)
-        require_finite("losses", losses)
-        return losses
-
-
-class LossIntake(SparseIntake):
-    """Devices' losses of the candidates."""
-
-    def __init__(self, *args: Any, **rest: Any) -> None:
-        super().__init__(*args, **rest)
-        self.losses = np.zeros(POOL)
-        """(candidates,) summed with the devices' weights."""
-
-    def _add_trained(self, task: Task, result: Result, weight: float) -> None:
-        assert isinstance(result, SparseResult)
-        self.losses += weight * floats(result, "losses", POOL).astype(np.float64)
-        self._answers += 1
-
-
 class GradientIntake(SparseIntake):
     """Weights, and the largest gradients of pruned ones."""
 
@@ -204,6 +137,13 @@ class FedTinyRounds(SparseRounds):
     def adjusting(self) -> list[int]:
         """Not round 1, which selects."""
         return [number for number in super().adjusting() if number > 1]
+
+    def _task(self, key: RoundKey, *args: Any) -> Task:
+        task = super()._task(key, *args)
+        if key.phase is not Phase.TRAIN or key.number > 1:
+            return task
+        # As much work as judging is: the fleet's clock goes by a task's steps.
+        return task.model_copy(update={"epochs": POOL, "max_steps": POOL * JUDGED})
 
     def _ask(self, key: RoundKey) -> tuple[str, tuple[int, ...]]:
         turns = self.adjusting()
