@@ -228,6 +228,7 @@ class Simulation:
         return {ref.sha256: graph_path(state, ref).stat().st_size for ref in task.graphs}
 
     def _closed(self, metrics: dict[str, Any]) -> None:
+        self.coordinator.registry.collect_garbage(grace_s=0.0)
         evaluated: list[EvaluationRow] = []
         if metrics["phase"] == Phase.TRAIN and self._due(metrics["round"]):
             evaluated = self.evaluate(metrics["round"])

@@ -358,7 +358,7 @@ class Fleet:
         (results,) = registry.query("SELECT count(*) AS n FROM results")
         assert results["n"] == sum(r.metrics["answers"] for r in rounds)
         (snapshots,) = registry.query("SELECT count(*) AS n FROM snapshots")
-        assert snapshots["n"] == 1 + len(rounds)  # the first one, and one per closing
+        assert 1 <= snapshots["n"] <= 3  # older ones are collected; a kill may come before that
         told = Counter((e["event"], e["round"], e["step"]) for e in self.events("round"))
         assert max(told.values()) == 1
 
