@@ -3,7 +3,7 @@
 Every class's model lies within the next larger one's. A step trains the device's own model and
 one narrower model inside it, each teaching the other; losses are adjusted by the device's label
 frequencies; uploads are int4 with error feedback; BatchNorm statistics are exact sums over
-devices, per class. docs/method.md holds what each part is worth; docs/decisions/0006 the recipe.
+devices, per class. docs/method.md holds what was measured; docs/decisions/0006 the recipe.
 """
 
 from fleetprune_sim.methods.method import Method
