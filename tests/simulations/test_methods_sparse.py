@@ -10,7 +10,7 @@ from fleetprune_sim.methods.fedrts import Posterior, kept_outcome, pruned_outcom
 from fleetprune_sim.methods.fedtiny import block_of, grow_and_prune
 from fleetprune_sim.methods.sparse.frames import SparseResult, encode_mask
 from fleetprune_sim.methods.sparse.grow import named_weights
-from fleetprune_sim.methods.sparse.importance import reconfigure, shrinking_limits
+from fleetprune_sim.methods.sparse.importance import EXCHANGE, reconfigure, shrinking_limits
 from fleetprune_sim.methods.sparse.intake import checked_mask
 from fleetprune_sim.methods.sparse.prunable import (
     Prunable,
@@ -78,13 +78,17 @@ def test_masks_change_until_a_share_of_the_rounds_and_less_and_less():
 
 def test_feddst_drops_the_smallest_weights_and_grows_the_largest_gradients():
     mask, weights = bools("110110"), floats(0.5, -0.1, 0, 2, -3, 0)
-    gradient = floats(9, 9, -5, 9, 9, 1)
-    after = readjust(TWO, mask, weights, gradient, (1, 0))
-    # Of the first tensor -0.1 goes and the only pruned weight comes; the second one rests.
-    assert text(after) == "101110"
-    # Signs do not matter, and what is there already has no claim by its gradient.
-    again = readjust(TWO, mask, weights, floats(0, 0, 0, 0, 0, -7), (0, 1))
-    assert text(again) == "110101"
+    gradient = floats(9, 4, -5, 9, 9, 1)
+    stay, grown = readjust(TWO, mask, weights, gradient, (1, 0))
+    # Of the first tensor -0.1 goes and the weight that was pruned comes; the second one rests.
+    # Signs do not matter, and what stays has no claim by its gradient.
+    assert (text(stay), text(grown)) == ("100110", "001000")
+
+
+def test_feddst_may_grow_what_it_has_just_dropped():
+    weights = floats(0.5, -0.1, 0, 2, -3, 0)
+    stay, grown = readjust(TWO, bools("110110"), weights, floats(9, -6, 5, 9, 7, 1), (1, 1))
+    assert (text(stay), text(grown)) == ("100100", "010010")
 
 
 # ---- FedTiny
@@ -142,13 +146,15 @@ def test_prunefl_keeps_the_largest_weights_and_buys_the_rest_by_importance_per_c
     prunable = Prunable(14, ((0, 12), (12, 2)))
     mask = bools("11111111110010")
     weights = floats(10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0, 5, 0)
-    importance = np.array([0.0] * 7 + [1, 5, 2, 4, 3, 0, 90.0])
+    importance = np.array([0.0] * 7 + [31, 155, 62, 124, 93, 0, 225.0])
+    assert EXCHANGE == 30
     after = reconfigure(prunable, (1, 20), mask, weights, importance, limit=29)
-    # The seven largest and the one of the second tensor stay: 7 + 20 of 29. Per cost, 90 / 20 is
-    # 4.5: weight 8 (5) comes first, then that one does not fit and ends it.
+    # The seven largest and the one of the second tensor stay: 7 + 20 of 29. Per time, 1 + 30 and
+    # 20 + 30, the others are worth 1, 5, 2, 4, 3, 0 and 4.5: weight 8 comes first, then that one
+    # does not fit and ends it.
     assert text(after) == "11111110100010"
     more = reconfigure(prunable, (1, 20), mask, weights, importance, limit=50)
-    # Room for 23 more: 1, 20 for that one, and two of importance 4 and 3.
+    # Room for 23 more: 1, 20 for that one, and two that are worth 4 and 3.
     assert text(more) == "11111110101111"
 
 

@@ -289,8 +289,8 @@ def test_fedrts_draws_from_what_two_rounds_have_shown(trained):
         this.before = run[3][0][1]  # of both rounds
         head, _ = decode_frame(this.models[0], "MODL")
         counts = SparseHeader.from_bytes(head).counts
-        # The share that moves: 0.1 (1 + cos(pi t / 4)), of 4 as twice the interval of 2.
-        share = 0.1 * (1 + math.cos(math.pi * number / 4))
+        # The share that moves: 0.2 (1 + cos(pi t / 4)), of 4 as twice the interval of 2.
+        share = 0.2 * (1 + math.cos(math.pi * number / 4))
         sizes = zip(this.kept, this.prunable.sizes, strict=True)
         moving = [min(int(share * k), n - k) for k, n in sizes]  # of a whole tensor none
         large = [k - m for k, m in zip(this.kept, moving, strict=True)]

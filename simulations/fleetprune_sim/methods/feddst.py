@@ -3,17 +3,25 @@
 Bibikar et al., "Federated Dynamic Sparse Training: Computing Less, Communicating Less, Yet Learning
 Better", AAAI 2022. Densities per tensor follow the Erdős–Rényi kernel and never change. In a round
 of readjustment each device drops the smallest of its weights and grows as many with the largest
-gradients; the server divides each weight's sum by the devices that had it and keeps the largest,
-tensor by tensor. The share that moves falls along a cosine until half of the rounds are done.
+gradients, from zero; one that has just been dropped may be among them. The server divides each
+weight's sum by the devices that had it and keeps the largest, tensor by tensor. The share that
+moves falls along a cosine until half of the rounds are done.
 
 Left open by the paper or chosen here:
 
 - *When a device readjusts*: after half of its steps. The authors' code does it after the last of
-  ten epochs, which sends new weights back as zeros, the first that the server prunes.
-- *Which gradient*: that of the step's own batch, as in the authors' code, among weights that were
-  pruned before the step; what has just been dropped does not come back at once.
-- *How many move* (`MOVED`): the authors' examples have a share of 0.01, in trainings of 400 rounds;
-  the library in which FedRTS was compared with all of these methods has 0.2 for each of them.
+  ten epochs, which sends new weights back as zeros, the first that the server prunes; FedPruning,
+  the library in which FedRTS was compared with all of these methods, before the first of five, or
+  after half of them.
+- *Which gradient*: that of one batch, the last before readjusting. Here it is taken in the step
+  itself; the authors' code computes it once more, on the same batch after the step.
+- *What may grow*: what is pruned once the smallest are dropped, as in that library. In the authors'
+  code weights that have stayed take part as well, and those among the largest are set to zero.
+- *How many move* (`MOVED`): 0.2, the library's default for all methods, of each tensor's weights.
+  The authors' examples have 0.01, in trainings of 400 rounds with a readjustment every 10 or 15;
+  in our 30 to 50 rounds there are two to four, which would change next to nothing.
+- *Densities* are in proportion to the kernel, as Evci et al. and the library have it. The authors'
+  code scales sparsities by one factor instead, which leaves all but small tensors nearly uniform.
 - Every convolution and linear layer is pruned, none is spared; biases and norms stay.
 - No proximal term, which the paper has as a variant; as large models as the budget allows at
   all times (the code can also thin out over time).
@@ -29,7 +37,7 @@ from fleetprune_agent.sessions import Arrays, Graph
 from fleetprune_agent.trainer import Trained
 from fleetprune_coordinator.bounds import Bounds
 from fleetprune_coordinator.rounds import RoundKey
-from fleetprune_sim.methods.sparse.device import MaskedWorker, Masking
+from fleetprune_sim.methods.sparse.device import GradientMasking, MaskedWorker, Masking
 from fleetprune_sim.methods.sparse.frames import SparsePayload, SparseResult, encode_mask
 from fleetprune_sim.methods.sparse.intake import SparseIntake, checked_mask
 from fleetprune_sim.methods.sparse.method import SparseMethod
@@ -38,7 +46,7 @@ from fleetprune_sim.methods.sparse.rounds import SparseRounds
 
 READJUST = "readjust"
 MOVED = 0.2
-"""Share of a tensor's weights that changes places at first."""
+"""Share of a tensor's weights that a device drops and grows at first."""
 LAST_SHARE = 0.5
 """Of the rounds, until which devices readjust (R_end of the paper)."""
 HALFWAY = 2
@@ -51,42 +59,41 @@ def readjust(
     weights: NDArray[np.float32],
     gradient: NDArray[np.float32],
     counts: Sequence[int],
-) -> Bools:
+) -> tuple[Bools, Bools]:
     """Drop the smallest weights of each tensor, and grow as many with the largest gradients.
 
     Args:
         prunable: The tensors.
         mask: (n,) until now.
         weights: (n,).
-        gradient: (n,); only that of pruned weights counts.
-        counts: Per tensor how many move, at most as many as are pruned.
+        gradient: (n,); that of weights which stay does not count.
+        counts: Per tensor how many are dropped, and how many grow.
 
     Returns:
-        (n,) with as many weights per tensor as before.
+        (n,) what stays, and (n,) what grows: together as many per tensor as before.
     """
-    dropped = best_per_tensor(prunable, -np.abs(weights), mask, counts)
-    grown = best_per_tensor(prunable, np.abs(gradient), ~mask, counts)
-    return (mask & ~dropped) | grown
+    stay = mask & ~best_per_tensor(prunable, -np.abs(weights), mask, counts)
+    return stay, best_per_tensor(prunable, np.abs(gradient), ~stay, counts)
 
 
-class Readjusting(Masking):
+class Readjusting(GradientMasking):
     """Moves the mask once, halfway through a task."""
 
-    def __init__(self, prunable: Prunable, mask: Bools, counts: Sequence[int], after: int) -> None:
-        """Readjust `counts` weights per tensor after so many steps."""
-        super().__init__(prunable, mask)
-        self._counts, self._left = counts, after
+    def __init__(self, payload: SparsePayload, momentum: float, after: int) -> None:
+        """Readjust after so many steps; how many weights per tensor comes with the model."""
+        super().__init__(payload, momentum)
+        self._counts, self._left = payload.header.counts, after
 
     def __call__(self, state: Arrays) -> None:
         """Hold pruned weights at zero; new ones begin there."""
-        # A pruned weight is 0 and so was its momentum: what it has now is the gradient.
-        gradient = state["momentum"][self.prunable.index]
+        gradient = self._gradient(state)
         super().__call__(state)
         self._left -= 1
         if self._left == 0:
             weights = state["params"][self.prunable.index]
-            self.mask = readjust(self.prunable, self.mask, weights, gradient, self._counts)
-            super().__call__(state)
+            self.mask, grown = readjust(self.prunable, self.mask, weights, gradient, self._counts)
+            self._hold(state)
+            self.mask = self.mask | grown
 
 
 class ReadjustingWorker(MaskedWorker):
@@ -96,7 +103,7 @@ class ReadjustingWorker(MaskedWorker):
         if payload.header.ask != READJUST:
             return super()._masking(graph, payload, steps)
         after = max(1, steps // HALFWAY)
-        return Readjusting(payload.prunable, payload.mask, payload.header.counts, after)
+        return Readjusting(payload, graph.meta.momentum, after)
 
     def _report(
         self,

@@ -9,17 +9,25 @@ follow from importance: costly layers thin out.
 
 Left open by the paper or chosen here:
 
-- *Time*: a weight's time is its multiply-accumulates. The paper fits measured times per layer,
-  which a simulation does not have; its constant, that of exchanging and of dense layers, would
-  only decide when to stop adding.
+- *Time*: the authors measure a weight's time on their devices, layer by layer: that of computing
+  and, the same for all, that of exchanging it. A simulation has no such times; here a weight's is
+  its multiply-accumulates and `EXCHANGE`, the relation that their measurements have.
 - *When to stop*: at the budget, as for every method here. The paper stops where another weight
-  would lower importance per time; its code has a limit of density as well.
+  would lower importance per time, for which it also counts a constant time; its code can be given
+  a limit of density as well.
 - *Initial pruning* is round 1: the device with the most samples trains `INITIAL_EPOCHS` epochs,
-  with a reconfiguration after each, down to the budget in equal ratios. The paper's device goes
-  on until the size settles, outside of the rounds.
+  with a reconfiguration after each, down to the budget in equal ratios. The authors' device trains
+  outside of the rounds on a few hundred samples, begins to reconfigure once it is half as good
+  again as chance, does it every 50 passes over them, and ends when the size has settled.
+- *How often*: `remask_every`, to the end but for the last round. The authors reconfigure every 50
+  of 3 000 to 20 000 rounds, and never stop either.
 - *Importance* is of the round of reconfiguration alone, because devices keep nothing from round to
-  round but the mask; squared step by step, as the paper has it (its code squares the sum of five).
-- Every convolution and linear layer is pruned, none is spared; biases and norms stay.
+  round but the mask; squared step by step, as the paper has it. The authors' code adds up all
+  rounds since the last reconfiguration, each of which counts as the square of its five steps' sum.
+- Every convolution and linear layer is pruned, none is spared; biases and norms stay. That is the
+  authors' code, too.
+- The FedPruning library has another PruneFL: no initial pruning, densities that never change, and
+  as many weights grown by squared gradient as are pruned. This one is the paper's.
 """
 
 from typing import Any

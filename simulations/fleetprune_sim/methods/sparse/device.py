@@ -49,8 +49,40 @@ class Masking:
 
     def __call__(self, state: Arrays) -> None:
         """Set what is pruned to zero, in place."""
+        self._hold(state)
+
+    def _hold(self, state: Arrays) -> None:
         state["params"] *= self.support
         state["momentum"] *= self.support
+
+
+class GradientMasking(Masking):
+    """Knows each step's gradient, that of kept weights too.
+
+    The graph adds decay and earlier steps to what it calls momentum: both are taken off again,
+    with the parameters and the momentum that the step began with.
+    """
+
+    def __init__(self, payload: SparsePayload, momentum: float) -> None:
+        """Start where a task starts, with the momentum that the graph was made with."""
+        super().__init__(payload.prunable, payload.mask)
+        self._factor = np.float32(momentum)
+        self._decay = np.float32(payload.header.weight_decay)
+        self._params = payload.params[self.prunable.index]
+        self._momentum = np.zeros_like(self._params)
+
+    def _gradient(self, state: Arrays) -> NDArray[np.float32]:
+        """(n,) of the step that led to a state in which pruned weights have not been held yet."""
+        moved = state["momentum"][self.prunable.index]
+        gradient: NDArray[np.float32] = (
+            moved - self._factor * self._momentum - self._decay * self._params
+        )
+        return gradient
+
+    def _hold(self, state: Arrays) -> None:
+        super()._hold(state)
+        self._params = state["params"][self.prunable.index]
+        self._momentum = state["momentum"][self.prunable.index]
 
 
 class MaskedWorker(Worker):
