@@ -17,7 +17,7 @@ from fleetprune_agent.data import Batches
 from fleetprune_agent.sessions import Session, require_finite, run_graph
 from fleetprune_agent.trainer import StoppedError, never
 
-SUMS: Final = ("sumsq", "bn_sum", "bn_sumsq", "bn_count")
+SUMS: Final = ("sumsq", "bn_sum", "bn_sumsq", "bn_count", "gram")
 
 
 @dataclass(frozen=True, eq=False)

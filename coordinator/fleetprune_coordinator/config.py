@@ -97,8 +97,11 @@ class TrainingConfig(Section):
     last_remask: int | None = Field(default=None, ge=0)
     """No new masks after this round, so that the last ones have time to settle; None: half."""
     criterion: Criterion = Criterion.TAYLOR
-    first_criterion: Criterion = Criterion.MAGNITUDE
-    """Of the first masks of a model that comes trained, before any device has reported."""
+    first_criterion: Criterion = Criterion.RECONSTRUCTION
+    """Of the first masks of a model that comes trained."""
+    refit: bool = True
+    """When a model that comes trained is cut, give the weights that stay the values with which they
+    best rebuild the uncut layers' outputs."""
     proximal: float = Field(default=1.0, ge=0)
     """Pull towards the received weights while training; 0: none."""
     adjust_logits: float = Field(default=0.5, ge=0, le=1)
@@ -141,6 +144,15 @@ class TrainingConfig(Section):
     def calibration_round(self) -> int:
         """The training round after which the BatchNorm statistics are measured."""
         return max(1, round(self.fixed_statistics * self.rounds))
+
+    @model_validator(mode="after")
+    def _only_once(self) -> Self:
+        if self.criterion is Criterion.RECONSTRUCTION:
+            raise ValueError(
+                "criterion reconstruction orders the units of a model that comes trained, once: "
+                "it can only be the first_criterion"
+            )
+        return self
 
     @model_validator(mode="after")
     def _enough_devices(self) -> Self:

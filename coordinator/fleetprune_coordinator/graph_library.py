@@ -13,6 +13,7 @@ from torch import nn
 
 from fleetprune.layout import Architecture, KeepCounts, Role, axis_indices
 from fleetprune.messages import GraphRef
+from fleetprune_coordinator.gram import measured
 from fleetprune_coordinator.graphs import (
     Fixed,
     GateMember,
@@ -178,8 +179,14 @@ class GraphLibrary:
         among = inside if fixed else None
         return tuple(self._train_step(keep, partner, block, among) for partner in partners)
 
-    def observe(self, keep: KeepCounts) -> GraphRef:
-        """The graph that sums squares and BatchNorm moments for a shape."""
+    def observe(self, keep: KeepCounts, *, gram: bool = False) -> GraphRef:
+        """The graph that sums squares and BatchNorm moments for a shape.
+
+        Args:
+            keep: The shape.
+            gram: Sum products of inputs too (see `gram`).
+        """
+        crossed = measured(self._architecture) if gram else ()
 
         def export() -> Graph:
             return export_observe(
@@ -187,9 +194,11 @@ class GraphLibrary:
                 self._example,
                 batch=self._options.batch,
                 observed=self._architecture.observed,
+                crossed=crossed,
             )
 
-        return self._once(export, kind="observe", keep=dict(keep))
+        kind = "gram" if gram else "observe"
+        return self._once(export, kind=kind, keep=dict(keep))
 
     def _train_step(
         self,

@@ -11,6 +11,7 @@ from fleetprune.update import decode_update
 from fleetprune_coordinator.aggregate import Aggregate, MomentSums, StatisticsMean
 from fleetprune_coordinator.bounds import Bounds
 from fleetprune_coordinator.fleet_model import FleetModel, Tensors
+from fleetprune_coordinator.gram import GramSums
 from fleetprune_coordinator.ledger import Ledger
 
 MOMENTS: Final = ("bn_sum", "bn_sumsq", "bn_count")
@@ -38,6 +39,7 @@ class Intake:
         self.aggregate = Aggregate(architecture, model.shapes)
         self._trained = {n: StatisticsMean(architecture, k) for n, k in model.shapes.items()}
         self._moments = {n: MomentSums(architecture, k) for n, k in model.shapes.items()}
+        self.grams = {n: GramSums(architecture, k) for n, k in model.shapes.items()}
         self._done: set[str] = set()
         self._loss = self._weight = 0.0
         self._right: dict[str, list[int]] = {}
@@ -97,9 +99,14 @@ class Intake:
             )
         if sums:
             self._moments[task.shape].check(*sums)
+        crossed = "gram" in vectors and task.scores  # else nobody asked, and it is large
+        if crossed:
+            self.grams[task.shape].check(vectors["gram"])
         if "sumsq" in vectors:
             keep = self._model.shapes[task.shape]
             self._ledger.add_sumsq(keep, vectors["sumsq"], header.samples)
+        if crossed:
+            self.grams[task.shape].add(vectors["gram"], header.samples)
         if sums:
             self._moments[task.shape].add(*sums)
         if header.correct is not None:

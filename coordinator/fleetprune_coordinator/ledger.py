@@ -32,10 +32,13 @@ class Criterion(StrEnum):
     """Weights times activation norms: needs forward passes."""
     TAYLOR = "taylor"
     """Change of the loss when the unit goes: needs gradients."""
+    RECONSTRUCTION = "reconstruction"
+    """How well the layers behind can be rebuilt from it: needs forward passes, once, for the first
+    masks of a trained model."""
 
 
 MEASURED = frozenset({Criterion.TAYLOR, Criterion.WANDA})
-"""Criteria that need devices to have looked at the model."""
+"""Criteria that need devices to have looked at the model, round after round."""
 
 
 class _Average:

@@ -8,14 +8,15 @@ any instant finds either no round, and plans it, or an open one, and waits for t
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetprune.criteria import Scores
 from fleetprune.errors import FleetpruneError, TransportError
-from fleetprune.layout import Architecture, Role
+from fleetprune.layout import Architecture, Order, Role
 from fleetprune.messages import Blob, GraphRef, Task, TaskKind
 from fleetprune.model_payload import encode_model
 from fleetprune.result import Result, decode_result
@@ -24,11 +25,13 @@ from fleetprune_coordinator.cohort import choose
 from fleetprune_coordinator.config import TrainingConfig
 from fleetprune_coordinator.events import EventLog
 from fleetprune_coordinator.fleet_model import FleetModel, Tensors, initial_model, remask
+from fleetprune_coordinator.gram import GramSums, reordered
 from fleetprune_coordinator.graph_library import GraphLibrary
 from fleetprune_coordinator.intake import Intake
 from fleetprune_coordinator.ledger import MEASURED, Criterion, Ledger
 from fleetprune_coordinator.plan import Planner
 from fleetprune_coordinator.policy import Policy
+from fleetprune_coordinator.reconstruction import reconstruction, refit
 from fleetprune_coordinator.records import (
     DeviceRecord,
     MaskRecord,
@@ -46,6 +49,9 @@ TRIES = 3
 """Training rounds without a trained answer, one after another, at which training stops."""
 CALIBRATED = 1e-3
 """Largest change of a BatchNorm mean, in standard deviations, at which calibration may stop."""
+
+SCORES, GRAMS = 0, 1
+"""Steps of a trained model's measuring round: its units' scores, then its layers' Gram matrices."""
 
 _NORM = "norm/"
 
@@ -117,13 +123,14 @@ class Rounds:
         """
         architecture = self._architecture
         snapshot = self._registry.latest_snapshot()
-        self._scored_first = trained and self._settings.first_criterion in MEASURED
+        self._measuring = self._measuring_steps() if trained else ()
         if snapshot is None:
             scores = {g: np.zeros(n, np.float32) for g, n in architecture.groups.items()}
             self.ledger = Ledger(architecture, architecture.groups)
-            first = Criterion.MAGNITUDE if self._scored_first else self._settings.first_criterion
+            first = self._settings.first_criterion
             if trained:
-                scores = self.ledger.scores(first, params)
+                later = first in MEASURED or first is Criterion.RECONSTRUCTION
+                scores = self.ledger.scores(Criterion.MAGNITUDE if later else first, params)
             self.model = initial_model(architecture, params, stats, self._planner.shapes(1, scores))
             if trained:
                 self.model, _ = remask(architecture, self.model, scores, self.model.shapes)
@@ -178,10 +185,19 @@ class Rounds:
             )
             before += [key for key in steps if key not in seen]
         left = before + [key for key in left if key.number > at]
-        score = RoundKey(Phase.SCORE, 0)
-        if self._scored_first and score not in seen:
-            left.insert(0, score)
+        measuring = [RoundKey(Phase.SCORE, 0, step) for step in self._measuring]
+        left = [key for key in measuring if key not in seen] + left
         return [key for key, r in seen.items() if r.state is RoundState.OPEN] + left
+
+    def _measuring_steps(self) -> tuple[int, ...]:
+        """What has to be measured before a trained model is cut; nothing if it stays whole."""
+        groups, rounds = self._architecture.groups, self._settings.rounds
+        flat = {g: np.zeros(n, np.float32) for g, n in groups.items()}
+        if all(keep == groups for keep in self._planner.shapes(rounds + 1, flat).values()):
+            return ()
+        first = self._settings.first_criterion
+        crossed = first is Criterion.RECONSTRUCTION or self._settings.refit
+        return (SCORES,) * (first in MEASURED) + (GRAMS,) * crossed
 
     # ---- asking
 
@@ -331,14 +347,15 @@ class Rounds:
     ) -> Task:
         settings, shapes = self._settings, self.model.shapes
         train = key.phase is not Phase.CALIBRATE and device.trains
-        if key.phase is Phase.SCORE and settings.first_criterion is Criterion.WANDA:
-            train = False
+        if key.phase is Phase.SCORE:
+            train &= key.step == SCORES and settings.first_criterion is not Criterion.WANDA
         place = list(shapes).index(name)
         if train:
             graphs = train_steps(name, device.block)
             portable = train_steps(name, 0) if device.block else ()
         else:
-            graphs, portable = (self._library.observe(shapes[name]),), ()
+            grams = key.phase is Phase.SCORE and key.step == GRAMS
+            graphs, portable = (self._library.observe(shapes[name], gram=grams),), ()
         seed = np.random.SeedSequence([settings.seed, key.number, key.step, device.id])
         return Task(
             task=f"{self._run}.{key.phase.value[0]}{key.number}.{key.step}.{device.id}.{place}",
@@ -473,7 +490,7 @@ class Rounds:
         self.model = FleetModel(params, stats, model.shapes, model.origin, model.mask_version)
         if key.phase is Phase.CALIBRATE:
             return None
-        return self._remask(key)
+        return self._remask(key, intake)
 
     def _finite(self, *models: Tensors) -> bool:
         """Whether all values are finite; noted if not."""
@@ -484,23 +501,48 @@ class Rounds:
         self._registry.add_event("refused", text)
         return False
 
-    def _remask(self, key: RoundKey) -> MaskRecord | None:
+    def _remask(self, key: RoundKey, intake: Intake) -> MaskRecord | None:
         settings, number = self._settings, key.number
+        if key.phase is Phase.SCORE and key.step == GRAMS:
+            return self._rebuild(intake)
         if key.phase is Phase.TRAIN:
             scores = self._policy.scores(settings, number, self.ledger, self.model)
         elif self.ledger.ready(settings.first_criterion):
             scores = self.ledger.scores(settings.first_criterion, self.model.params)
         else:
             scores = None  # nobody answered: the order by magnitude stands
-        if scores is None:
-            return None
+        order = None if scores is None else self._reorder(scores, number)
+        return None if order is None else self._mask(number)
+
+    def _reorder(self, scores: Scores, number: int) -> Order | None:
+        """Put the units in a new order; None if that changes nothing."""
         shapes = self._planner.shapes(number + 1, scores)
         before = self.model
         self.model, order = remask(self._architecture, before, scores, shapes)
         if self.model is before:
             return None
         self.ledger.reorder(order, self._smallest())
-        return self._mask(number)
+        return order
+
+    def _rebuild(self, intake: Intake) -> MaskRecord | None:
+        """Cut a trained model by what the Gram matrices of its layers' inputs say."""
+        widest = max(self.model.shapes.values(), key=lambda keep: sum(keep.values()))
+        pooled = GramSums(self._architecture, widest)
+        for name, keep in self.model.shapes.items():
+            if keep == widest:
+                pooled.include(intake.grams[name])
+        grams = pooled.result()
+        order = None
+        if self._settings.first_criterion is Criterion.RECONSTRUCTION and grams:
+            scores = reconstruction(self._architecture, self.model.params, grams)
+            order = self._reorder(scores, 0)
+        if order is not None:
+            grams = reordered(grams, self._architecture, order)
+        if self._settings.refit:
+            params = refit(self._architecture, self.model.params, grams, self.model.shapes)
+            if self._finite(params):
+                self.model = replace(self.model, params=params)
+        return None if order is None else self._mask(0)
 
     # ---- keeping
 

@@ -186,7 +186,7 @@ class ResultHeader(Message):
 
     Sections (little-endian float32 vectors but `update`): `update` a `SparseUpdate`, `stats`
     (S,) BatchNorm statistics after training, `taylor` (U,) sums over steps, `sumsq` (Q,),
-    `bn_sum` and `bn_sumsq` (S/2,), `bn_count` (number of BatchNorms,).
+    `bn_sum` and `bn_sumsq` (S/2,), `bn_count` (number of BatchNorms,), `gram` (K,).
     """
 
     task: Name

@@ -13,7 +13,7 @@ from fleetprune.messages import Codec, ResultHeader
 from fleetprune.values import check_vector, encode_values
 
 KIND: Final = "RSLT"
-VECTORS: Final = frozenset({"stats", "taylor", "sumsq", "bn_sum", "bn_sumsq", "bn_count"})
+VECTORS: Final = frozenset({"stats", "taylor", "sumsq", "bn_sum", "bn_sumsq", "bn_count", "gram"})
 """Sections that are float32 vectors; `ResultHeader` says what they hold."""
 
 

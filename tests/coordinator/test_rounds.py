@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from fleetprune.errors import TransportError
 from fleetprune.messages import Codec, ResultHeader, TaskKind
@@ -14,6 +15,7 @@ from fleetprune_coordinator.events import EventLog
 from fleetprune_coordinator.records import Phase
 from fleetprune_coordinator.rounds import RoundKey
 from fleetprune_sim.loop import open_coordinator
+from fleetprune_sim.models import mlp
 from tests.simulations.fleets import tiny_config, tiny_devices
 
 
@@ -278,3 +280,118 @@ def test_a_stop_comes_before_the_next_export(tmp_path):
                 work()
         assert opened.registry.rounds() == []
         assert opened.repository.latest_release() == 0
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Makes configurations of a tiny fleet that starts from a checkpoint; and the checkpoint."""
+    checkpoint = tmp_path / "model.pt"
+    torch.manual_seed(0)
+    state = mlp(inputs=6, hidden=16, classes=3).state_dict()
+    torch.save(state, checkpoint)
+
+    def config(**training):
+        made = tiny_config(tmp_path, outlier=0, **training)
+        return made.model_copy(
+            update={"model": made.model.model_copy(update={"initial": checkpoint})}
+        )
+
+    return config, {name: value.numpy() for name, value in state.items()}
+
+
+def seen(task, x):
+    """The answer of a device whose last layer saw the inputs `x`."""
+    fields = {
+        "task": task.task,
+        "device": task.device,
+        "kind": task.kind,
+        "round": task.round,
+        "mask_version": task.mask_version,
+        "samples": len(x),
+    }
+    products = (x.T @ x)[np.triu_indices(x.shape[1])].astype(np.float32)
+    return encode_result(ResultHeader(**fields), {"gram": products}, None)
+
+
+def units(coordinator):
+    """Which units of the checkpoint stand where."""
+    (order,) = coordinator.rounds.model.origin.values()
+    return order
+
+
+def test_a_trained_model_is_measured_then_cut_and_rebuilt(trained):
+    make, before = trained
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 8)) @ rng.normal(size=(8, 16))  # 8 units can stand for all
+    with open_coordinator(make(), tiny_devices()) as coordinator:
+        rounds = coordinator.rounds
+        assert rounds.remaining()[0] == RoundKey(Phase.SCORE, 0, 1)
+        asked = [a.task for a in rounds.begin()]
+        # Only who holds the whole model sees what all of its units give.
+        assert [(t.device, t.kind, t.scores) for t in asked] == [
+            ("d0", TaskKind.OBSERVE, True),
+            ("d1", TaskKind.OBSERVE, True),
+        ]
+    # Killed here: the next one waits for the same answers.
+    with open_coordinator(make(), tiny_devices()) as coordinator:
+        rounds = coordinator.rounds
+        assert [a.task for a in rounds.begin()] == asked
+        by_size = units(coordinator)
+        rounds.finish([seen(t, x[:, by_size]) for t in asked])
+        wanted = x @ before["2.weight"].T
+        for keep in (8, 16):
+            kept = units(coordinator)[:keep]
+            given = x[:, kept] @ rounds.model.params["2.weight"][:, :keep].T
+            assert np.abs(given - wanted).max() < 0.05 * np.abs(wanted).max()
+        assert rounds.remaining()[0] == RoundKey(Phase.TRAIN, 1)
+        assert rounds.model.mask_version == 2  # after the order by size
+    with open_coordinator(make(), tiny_devices()) as coordinator:
+        kept = units(coordinator)[:8]
+        given = x[:, kept] @ coordinator.rounds.model.params["2.weight"][:, :8].T
+        assert np.abs(given - wanted).max() < 0.05 * np.abs(wanted).max()
+
+
+def test_a_trained_model_that_nobody_measures_is_cut_by_size(trained):
+    make, before = trained
+    with open_coordinator(make(), tiny_devices()) as coordinator:
+        coordinator.rounds.begin()
+        coordinator.rounds.finish([])
+        size = np.linalg.norm(before["0.weight"], axis=1)
+        assert set(units(coordinator)[:8]) == set(np.argsort(-size)[:8])
+        weight = coordinator.rounds.model.params["2.weight"]
+        np.testing.assert_array_equal(weight, before["2.weight"][:, units(coordinator)])
+
+
+@pytest.mark.parametrize(
+    ("training", "measured"),
+    [
+        ({}, [1]),
+        ({"first_criterion": "taylor"}, [0, 1]),
+        ({"first_criterion": "taylor", "refit": False}, [0]),
+        ({"first_criterion": "magnitude"}, [1]),
+        ({"first_criterion": "none", "refit": False}, []),
+    ],
+)
+def test_what_is_measured_before_a_cut(trained, training, measured):
+    make, _ = trained
+    with open_coordinator(make(**training), tiny_devices()) as coordinator:
+        left = coordinator.rounds.remaining()
+        assert [key.step for key in left if key.phase is Phase.SCORE] == measured
+
+
+def test_a_trained_model_that_stays_whole_is_not_measured(trained):
+    make, _ = trained
+    config = make()
+    whole = config.model_copy(update={"classes": {"large": config.classes["large"]}})
+    devices = {name: d for name, d in tiny_devices().items() if d.device_class == "large"}
+    with open_coordinator(whole, devices) as coordinator:
+        assert coordinator.rounds.remaining()[0] == RoundKey(Phase.TRAIN, 1)
+
+
+def test_a_gram_matrix_that_cannot_be_is_refused(trained):
+    make, _ = trained
+    with open_coordinator(make(), tiny_devices()) as coordinator:
+        (task, *_) = [a.task for a in coordinator.rounds.begin()]
+        metrics = coordinator.rounds.finish([seen(task, np.ones((3, 5)))])
+        assert metrics["refused"] == 1
+        assert refusals(coordinator) == ["gram of shape (15,), expected (136,)"]

@@ -110,7 +110,7 @@ def test_unknown_sections_are_not_encoded(name):
         encode_result(HEADER, {name: STATS}, None)
     assert str(e.value) == (
         f"result sections ['{name}'], expected some of "
-        "['bn_count', 'bn_sum', 'bn_sumsq', 'stats', 'sumsq', 'taylor']"
+        "['bn_count', 'bn_sum', 'bn_sumsq', 'gram', 'stats', 'sumsq', 'taylor']"
     )
 
 

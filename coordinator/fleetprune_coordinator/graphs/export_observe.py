@@ -2,7 +2,8 @@
 
 All its sums are additive: added up over devices they are those of the pooled data. The score
 |W| * ||X||_2 of Wanda needs `sumsq`; a narrower model's BatchNorm is recalibrated from
-`bn_sum / bn_count` and `bn_sumsq / bn_count`, without any sample leaving its device.
+`bn_sum / bn_count` and `bn_sumsq / bn_count`, without any sample leaving its device; and how far
+the inputs of a layer stand in for each other is told by their products, `gram`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,8 +25,6 @@ from fleetprune_coordinator.graphs.types import Graph, finished
 from fleetprune_coordinator.graphs.values import Value
 from fleetprune_coordinator.graphs.writer import GraphWriter
 
-OUTPUTS = ("logits", "sumsq", "bn_sum", "bn_sumsq", "bn_count")
-
 
 @dataclass
 class Observation:
@@ -34,6 +33,7 @@ class Observation:
     model: nn.Module
     """In evaluation mode; hooks are added to it."""
     observed: Sequence[str]
+    crossed: Sequence[str] = ()
     params: dict[str, torch.Tensor] = field(init=False)
     stats: dict[str, torch.Tensor] = field(init=False)
     _seen: dict[str, list[torch.Tensor]] = field(init=False, default_factory=dict)
@@ -41,23 +41,31 @@ class Observation:
     def __post_init__(self) -> None:
         self.params = {n: p.detach() for n, p in self.model.named_parameters()}
         self.stats = statistics(self.model)
-        self._layers = [observed_layer(self.model, name) for name in self.observed]
+        layers = {n: observed_layer(self.model, n) for n in [*self.observed, *self.crossed]}
+        self._layers = layers
+        self._triangles = {name: _triangle(layers[name]) for name in self.crossed}
         self._norms = [
             name.removesuffix(".running_mean").removesuffix("running_mean")
             for name in self.stats
             if name.endswith("running_mean")
         ]
-        paths = {name.rpartition(".")[0] for name in self.observed} | set(self._norms)
+        paths = {name.rpartition(".")[0] for name in layers} | set(self._norms)
         for path, module in self.model.named_modules():
             if path in paths:
                 module.register_forward_pre_hook(
                     lambda _, args, path=path: self._seen.setdefault(path, []).append(args[0])
                 )
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what a call returns, in its order."""
+        norms = ("bn_sum", "bn_sumsq", "bn_count") if self._norms else ()
+        return ("logits", "sumsq", *norms, *(("gram",) if self.crossed else ()))
+
     def __call__(
         self, x: torch.Tensor, sw: torch.Tensor, *state: torch.Tensor
     ) -> list[torch.Tensor]:
-        """Logits, sumsq (Q,) and, with BatchNorm, bn_sum (S/2,), bn_sumsq (S/2,), bn_count (B,).
+        """Logits, sumsq (Q,), with BatchNorm bn_sum (S/2,), bn_sumsq (S/2,), bn_count (B,), gram.
 
         Args:
             x: (batch, *shape).
@@ -68,9 +76,9 @@ class Observation:
         tensors = dict(zip([*self.params, *self.stats], state, strict=True))
         logits = torch.func.functional_call(self.model, tensors, (x,))
         sums = []
-        for name, layer in zip(self.observed, self._layers, strict=True):
+        for name in self.observed:
             inputs = self._inputs(name.rpartition(".")[0], len(sw))
-            sums.append(_total(_input_squares(layer, i, sw) for i in inputs))
+            sums.append(_total(_input_squares(self._layers[name], i, sw) for i in inputs))
         outputs = [logits, torch.cat(sums) if sums else sw[:0]]
         if self._norms:
             moments = [self._moments(path, sw) for path in self._norms]
@@ -79,7 +87,15 @@ class Observation:
                 torch.cat([m[1] for m in moments]),
                 torch.stack([m[2] for m in moments]),
             ]
+        if self.crossed:
+            outputs.append(torch.cat([self._products(name, sw) for name in self.crossed]))
         return outputs
+
+    def _products(self, name: str, sw: torch.Tensor) -> torch.Tensor:
+        """Upper triangle, row by row, of a layer's input products."""
+        inputs = self._inputs(name.rpartition(".")[0], len(sw))
+        total = _total(_input_products(self._layers[name], i, sw) for i in inputs)
+        return total.reshape(-1).index_select(0, self._triangles[name])
 
     def _inputs(self, path: str, batch: int) -> list[torch.Tensor]:
         inputs = self._seen.get(path)
@@ -117,6 +133,13 @@ def observed_layer(model: nn.Module, name: str) -> nn.Module:
     return layer
 
 
+def _triangle(layer: nn.Module) -> torch.Tensor:
+    """Places of the upper triangle, row by row, in a matrix over a layer's input channels."""
+    weight: Any = layer.weight
+    row, column = torch.triu_indices(weight.shape[1], weight.shape[1])
+    return row * weight.shape[1] + column
+
+
 def _per_sample(x: torch.Tensor) -> torch.Tensor:
     """(N, C, ...) -> (N, C), summed over positions."""
     return x.flatten(2).sum(2) if x.dim() > 2 else x
@@ -133,8 +156,25 @@ def _input_squares(layer: nn.Module, x: torch.Tensor, sw: torch.Tensor) -> torch
     return total.view(groups, -1).sum(0) if groups > 1 else total
 
 
+def _input_products(layer: nn.Module, x: torch.Tensor, sw: torch.Tensor) -> torch.Tensor:
+    """(C, C) sums over samples and positions of x x^T, C along the weight's axis 1."""
+    if isinstance(layer, nn.Linear):
+        rows = x.reshape(len(sw), -1, x.shape[-1])
+    else:
+        groups: Any = layer.groups
+        rows = x.reshape(len(sw), groups, x.shape[1] // groups, -1).transpose(2, 3)
+        rows = rows.reshape(len(sw), -1, x.shape[1] // groups)
+    weighted = rows * sw.reshape(-1, 1, 1)
+    return weighted.reshape(-1, rows.shape[-1]).T @ rows.reshape(-1, rows.shape[-1])
+
+
 def export_observe(
-    model: nn.Module, example: torch.Tensor, *, batch: int, observed: Sequence[str]
+    model: nn.Module,
+    example: torch.Tensor,
+    *,
+    batch: int,
+    observed: Sequence[str],
+    crossed: Sequence[str] = (),
 ) -> Graph:
     """A forward pass in evaluation mode that measures what layers get.
 
@@ -142,19 +182,22 @@ def export_observe(
     BatchNorm. Outputs: logits (batch, classes); sumsq (Q,), for each observed weight in order,
     per input channel (the weight's axis 1), sw times the squared input, summed over samples and
     positions; and with BatchNorm bn_sum (S/2,) and bn_sumsq (S/2,), the same for each BatchNorm's
-    input and its square, and bn_count (number of BatchNorms,), sum(sw) times positions.
+    input and its square, and bn_count (number of BatchNorms,), sum(sw) times positions; and with
+    `crossed` gram (K,), for each of its weights in order, the upper triangle row by row of sw times
+    the products of the input channels, summed likewise.
 
     Args:
         model: Its weights are inputs of the graph.
         example: (n, *shape); shape and dtype count, and of integers the largest.
         batch: Samples per call.
         observed: Names of weights of Conv1d, Conv2d or Linear layers.
+        crossed: The same, of layers whose inputs' products are wanted.
 
     Raises:
         GraphError: A layer cannot be lowered, a name is wrong, or the graph computes something
             else than torch.
     """
-    observation = Observation(prepare(model).eval(), observed)
+    observation = Observation(prepare(model).eval(), observed, crossed)
     x = example[:1].expand(batch, *example.shape[1:]).contiguous()
     writer = GraphWriter()
     try:
@@ -174,13 +217,13 @@ def export_observe(
             stats=check.statistic_runs(observation.stats),
         ),
     )
-    exact = Observation(prepare(model).double().eval(), observed)
+    exact = Observation(prepare(model).double().eval(), observed, crossed)
     feeds = check.doubles(meta)
     params = check.split_like(feeds["params"], exact.params)
     stats = check.split_like(feeds["stats"], exact.stats) if exact.stats else []
     with torch.no_grad():
         values = exact(feeds["x"], feeds["sw"], *params, *stats)
-    named = dict(zip(OUTPUTS, values, strict=False))
+    named = dict(zip(exact.outputs, values, strict=True))
     meta = check.with_expected(meta, {n: v for n, v in named.items() if n in sizes and len(v)})
     onnx = writer.serialize({METADATA_KEY: meta.to_json()})
     check.check_here(onnx, meta)
@@ -213,7 +256,7 @@ def _write(
     low = Lowering(writer)
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
     low.values.update(zip(placeholders, inputs, strict=True))
-    outputs = dict(zip(OUTPUTS, low.run(traced), strict=False))
+    outputs = dict(zip(observation.outputs, low.run(traced), strict=True))
     for name, value in outputs.items():
         writer.output(low.plain(value), name, value.shape)
     return {name: value.shape for name, value in outputs.items()}

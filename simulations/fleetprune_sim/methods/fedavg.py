@@ -15,6 +15,8 @@ PLAIN = {
     "adjust_logits": 0.0,
     "proximal": 0.0,
     "distill_weight": 0.0,
+    "first_criterion": "none",
+    "refit": False,
     "remask_every": 0,
     "codec": "fp32",
     "down_codec": "fp32",

@@ -101,6 +101,42 @@ def test_a_linear_layer_on_sequences_sums_over_positions():
     assert out["sumsq"].tolist() == [67.5, 91.5, 121.5]
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: models.ds_cnn(5),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 2)),
+    ],
+    ids=["ds_cnn", "flattened"],
+)
+def test_products_equal_those_of_hooks(make):
+    torch.manual_seed(0)
+    model = randomise(make())
+    x, sw = torch.randn(4, 3, 12, 12), np.array([1, 2, 0, 0.5])
+    weights = [n for n, p in model.named_parameters() if p.dim() > 1 and p.shape[1] > 1]
+    graph = export_observe(model, x, batch=4, observed=[], crossed=weights)
+    out = run_graph(graph, feeds(model, x, sw))
+
+    seen, _ = layer_inputs(model, x)
+    wanted = []
+    for name in weights:
+        rows = seen[name.removesuffix(".weight")].movedim(1, -1)
+        weight = torch.from_numpy(sw).reshape(-1, *[1] * (rows.dim() - 1)) * rows
+        width = rows.shape[-1]
+        products = weight.reshape(-1, width).T @ rows.reshape(-1, width)
+        wanted.append(products[tuple(torch.triu_indices(width, width))])
+    assert relative_error(out["gram"], flat(wanted)) < 1e-5
+
+
+def test_products_of_a_linear_layer_by_hand():
+    model = nn.Linear(2, 1)
+    x = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]])
+    graph = export_observe(model, x, batch=2, observed=[], crossed=["weight"])
+    out = run_graph(graph, feeds(model, x, [1, 0.5]))
+    # 1 + 9 + (25 + 49) / 2, 2 + 12 + (30 + 56) / 2, 4 + 16 + (36 + 64) / 2
+    assert out["gram"].tolist() == [47, 57, 70]
+
+
 def test_without_batch_norm_there_are_no_statistics():
     model = models.mlp(4, 8, 3)
     graph = export_observe(model, torch.zeros(1, 4), batch=2, observed=["0.weight", "2.weight"])
