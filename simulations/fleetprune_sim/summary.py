@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,7 @@ class Ended:
             "method": wanted.method,
             "seed": training.seed,
             "rounds": training.rounds,
+            "version": version("fleetprune"),
             "engine": wanted.engine,
             "wall_s": round(wall_s, 3),
             "client_rounds": trained,

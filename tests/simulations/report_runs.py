@@ -32,10 +32,16 @@ class Synthetic:
     sparse: bool = False
     names: dict[str, str] = field(default_factory=dict)
     """Other names of classes."""
+    latency_ms: float | None = None
+    """Limit of the narrowest class; its model takes 5 ms on the machine that simulates."""
+    levels: dict[str, float] = field(default_factory=dict)
+    """Accuracies of single classes, over what follows from `level`."""
+    version: str = "0.1.0"
     devices: dict[str, int] = field(default_factory=lambda: dict(DEVICES))
 
     def accuracy(self, device_class: str) -> float:
-        return round(self.level - 0.01 * list(SHARES).index(device_class), 6)
+        usual = round(self.level - 0.01 * list(SHARES).index(device_class), 6)
+        return self.levels.get(device_class, usual)
 
     def validation(self, device_class: str, number: int) -> float:
         """Rises evenly and ends 0.01 above the test set's."""
@@ -57,7 +63,7 @@ class Synthetic:
             "params": int(10_000 * share),
             "macs": int(1_000_000 * share),
             "peak_activation_bytes": 2_000,
-            "latency_ms": None,
+            "latency_ms": 5.0,
             **sparse,
         }
 
@@ -66,10 +72,13 @@ class Synthetic:
         # A device's round takes 1,000 bytes down; nothing is allowed above the class's own share.
         answers = self.devices[device_class] * self.rounds if model else 0
         macs = None if device_class == "hub" else int(1_000_000 * SHARES[device_class])
+        latency = self.latency_ms if device_class == "sensor" else None
         return {
             "devices": self.devices[device_class],
             "model": model and self.name(model),
-            "budget": {"flash_bytes": 50_000, "ram_bytes": None, "macs": macs, "latency_ms": None},
+            "budget": {
+                "flash_bytes": 50_000, "ram_bytes": None, "macs": macs, "latency_ms": latency,
+            },
             "artifact": artifact,
             "keep": {g: int(n * SHARES[model]) for g, n in GROUPS.items()} if model else {},
             "validation_accuracy": self.validation(device_class, self.rounds) if model else None,
@@ -77,7 +86,7 @@ class Synthetic:
             "own_accuracy": self.accuracy(device_class) + 0.005 if model else None,
             "within_budget": artifact is not None and artifact["macs"] <= (macs or 1_000_000),
             "traffic": {"up_bytes": self.up * answers, "down_bytes": 1_000 * answers},
-        }
+        }  # fmt: skip
 
     def summary(self) -> dict:
         answers = sum(self.devices[c] for c, m in self.models.items() if m) * self.rounds
@@ -87,6 +96,7 @@ class Synthetic:
             "method": self.method,
             "seed": self.seed,
             "rounds": self.rounds,
+            "version": self.version,
             "engine": "loop",
             "wall_s": 1.0,
             "client_rounds": answers,

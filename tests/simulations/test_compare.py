@@ -60,7 +60,13 @@ def test_a_baseline_adds_points_and_says_over_how_many_pairs(root, capsys):
     text = said(capsys)
     rows = [" ".join(row) for row in lines(text)]
     assert "nested 3 80.0 ± 1.0 80.5 ± 1.0 −4.0 ± 0.0 100 % 100 % 10.0 × yes 5.0 min" in rows
-    assert "Points: accuracy above dense's, paired by seed; 3 seeds." in rows
+    assert "Points: accuracy above dense's, paired by seed; 3 seeds. In the mean: over the" in text
+    at = rows.index("mean")
+    assert rows[at + 1] == "nested 3 78.5 ± 1.0 79.0 ± 1.0 −4.0 ± 0.0 47 % 47 % 10.0 × 4/4"
+    # Two classes have nothing to be compared with: of the others the mean is 14 points lower.
+    assert rows[at + 2] == "exclude 3 69.5 ± 1.0 70.0 ± 1.0 −14.0 ± 0.0 75 % 75 % 2.0 × 2/4"
+    assert rows[at + 3] == "dense 3 82.5 ± 1.0 83.0 ± 1.0 – 100 % 100 % 1.0 × 1/4"
+    assert "±: one sample standard deviation over the seeds." in text
     assert rows.count("hub 50.0 %") == 1
 
 
@@ -84,6 +90,7 @@ def test_json(root, capsys):
     nested = task["variants"][0]
     assert (nested["label"], nested["seeds"], nested["settings"]) == ("nested", [0, 1, 2], {})
     assert nested["mean_over_classes"]["accuracy"] == {"mean": 0.785, "sd": 0.01, "n": 3}
+    assert nested["mean_over_classes"]["delta"] == {"mean": 0.1, "sd": 0.0, "n": 3}
     phone = nested["classes"]["phone"]
     assert phone["accuracy"] == {"mean": 0.79, "sd": 0.01, "n": 3}
     assert phone["own_accuracy"] == {"mean": 0.795, "sd": 0.01, "n": 3}
@@ -147,6 +154,14 @@ def test_unwritable_files_and_unknown_baselines_are_refused(root, tmp_path):
         call(root, "--csv", tmp_path / "no" / "table.csv")
     with pytest.raises(DataError, match="baseline fjord is not among the runs of fashion"):
         call(root, "--baseline", "fjord")
+
+
+def test_a_limit_on_latency_is_left_to_the_device(tmp_path, capsys):
+    Synthetic(latency_ms=1.0).write(tmp_path / "run")
+    assert call(tmp_path) == 0
+    text = " ".join(said(capsys).split())
+    assert "Fits: within budget, but for the latency of sensor: only the device can tell." in text
+    assert "±" not in text  # a single seed has none
 
 
 def test_fleets_that_differ_are_to_be_read_with_care(tmp_path, capsys):

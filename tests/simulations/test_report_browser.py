@@ -7,15 +7,19 @@ import re
 import shutil
 import subprocess
 from html import unescape
+from itertools import combinations
+from math import hypot
 from pathlib import Path
 
 import pytest
 
 from fleetprune_sim.report import tables
+from fleetprune_sim.report.budgets import budget_table, checks
 from fleetprune_sim.report.comparison import compare
 from fleetprune_sim.report.finding import find_runs
 from fleetprune_sim.report.page import write_report
 from fleetprune_sim.report.partition_table import devices, partition
+from fleetprune_sim.report.settings_grid import settings
 from fleetprune_sim.report.variants import group
 from tests.simulations.report_runs import GROUPS, write_fleet
 
@@ -43,6 +47,12 @@ PROBE = """
   for (const chart of document.querySelectorAll(".chart"))
     charts[chart.id] = {
       marks: marks(chart),
+      points: [...chart.querySelectorAll("g.mark-symbol path")].map((point) => {
+        const { x, y, width, height } = point.getBoundingClientRect();
+        return [x + width / 2, y + height / 2];
+      }),
+      menu: chart.querySelector("summary").getBoundingClientRect().bottom,
+      top: chart.querySelector("svg").getBoundingClientRect().top,
       label: chart.querySelector("[role='graphics-document']").getAttribute("aria-label"),
       width: chart.querySelector("svg").getBoundingClientRect().width,
       room: chart.getBoundingClientRect().width,
@@ -60,6 +70,11 @@ PROBE = """
     ink: getComputedStyle(document.body).color,
     label: getComputedStyle(text).fill,
     trouble: document.getElementById("trouble").textContent,
+    tables: [...document.querySelectorAll(":not(details) > * > .table > .scroll")].map((s) => ({
+      cut: s.scrollWidth - s.clientWidth > 1,
+      hint: getComputedStyle(s.parentElement.nextElementSibling).display !== "none",
+      shadow: getComputedStyle(s.parentElement, "::after").opacity === "1",
+    })),
   });
   document.body.append(out);
 })();
@@ -170,17 +185,38 @@ def test_the_pareto_plot_has_a_point_per_model_and_one_front(fleet, light, cost)
     }
 
 
+@pytest.mark.parametrize("cost", ["macs", "bytes"])
+def test_no_point_covers_another(light, cost):
+    points = light[0]["charts"][f"fashion-pareto-{cost}-0"]["points"]
+    assert len(points) == 18
+    assert all(hypot(a[0] - b[0], a[1] - b[1]) > 8 for a, b in combinations(points, 2))
+
+
+def test_menus_stand_above_their_charts(light, narrow_and_dark):
+    for found, _ in (light, narrow_and_dark):
+        for name, chart in found["charts"].items():
+            assert chart["menu"] <= chart["top"] + 1, name
+
+
+def test_tables_that_are_cut_off_say_so(light, narrow_and_dark):
+    for found, _ in (light, narrow_and_dark):
+        for table in found["tables"]:
+            assert table["hint"] == table["shadow"] == table["cut"]
+    assert any(table["cut"] for table in narrow_and_dark[0]["tables"])
+
+
 def test_bars_are_drawn_for_every_figure_that_is_known(light):
     bars = {
         "up-bytes-per-device": 16,
         "down-bytes-per-device": 16,
         "energy-j-per-device": 16,
-        "seconds-to-target": 8,  # two of the four methods got there
     }
     charts = light[0]["charts"]
     assert {name: charts[f"fashion-{name}-0"]["marks"] for name in bars} == {
         name: {"mark-rect": n} for name, n in bars.items()
     }
+    # Two of the four methods got there; of all it is said how many seeds did.
+    assert charts["fashion-seconds-to-target-0"]["marks"] == {"mark-rect": 8, "mark-text": 16}
 
 
 def test_units_and_partition(fleet, light):
@@ -211,8 +247,10 @@ def test_downloads_hold_the_exact_rows(fleet, light):
         tables.keep_counts(comparison),
         partition(run),
         devices(run),
+        budget_table(checks(comparison)),
+        settings(comparison)[0].table,
     ]
-    assert len(files) == 10
+    assert {f"fashion-{table.name}.csv" for table in expected} == set(files)
     for table in expected:
         header, *rows = csv.reader(io.StringIO(files[f"fashion-{table.name}.csv"], newline=""))
         assert tuple(header) == table.columns

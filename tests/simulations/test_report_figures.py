@@ -6,17 +6,28 @@ from itertools import pairwise
 import pytest
 
 from fleetprune.errors import DataError
+from fleetprune_sim.data.partition import PartitionSpec
 from fleetprune_sim.history import DeviceRow, EvaluationRow, RoundRow
-from fleetprune_sim.report import tables, words
+from fleetprune_sim.methods.fedavg import PLAIN
+from fleetprune_sim.report import findings, tables, words
+from fleetprune_sim.report.blocks import Figure, Mark, Standing
+from fleetprune_sim.report.budget_grid import budgets
 from fleetprune_sim.report.budgets import checks
 from fleetprune_sim.report.comparison import Comparison, compare
+from fleetprune_sim.report.cost_axis import sides
 from fleetprune_sim.report.figures import Spread, class_result, moments
 from fleetprune_sim.report.finding import find_runs
 from fleetprune_sim.report.front import on_front
+from fleetprune_sim.report.headline import about, headline, verdict
+from fleetprune_sim.report.leads import behind, lead
 from fleetprune_sim.report.partition_table import chosen, devices, partition
+from fleetprune_sim.report.result_grid import results
 from fleetprune_sim.report.runs import read_run
+from fleetprune_sim.report.sections import sections
+from fleetprune_sim.report.setting_words import meaning
 from fleetprune_sim.report.table import Table
 from fleetprune_sim.report.variants import group
+from fleetprune_sim.settings import DeviceProfile, SimulationConfig
 from tests.simulations.report_runs import SHARES, Synthetic, write_fleet
 
 
@@ -289,14 +300,14 @@ def test_csv_quotes_and_leaves_empty_what_is_not_known():
 
 
 def test_the_headline_says_the_result_in_figures(fleet):
-    said = words.headline(fleet).replace("\u00a0", " ")
+    said = headline(fleet).replace("\u00a0", " ")
     assert said == (
         "On fashion, nested gives hub 80.0 %, phone 79.0 %, watch 78.0 % and sensor 77.0 % "
         "accuracy on the test set, at 100, 50, 25 and 12 % of the dense model's MACs and 100, 50, "
         "25 and 12 % of its bytes; its devices upload 10.0 times less than dense float32 updates "
-        "would take."
+        "would take. It is behind dense by 4.0 points on hub."
     )
-    assert words.verdict(fleet).replace("\u00a0", " ") == (
+    assert verdict(fleet).replace("\u00a0", " ") == (
         "It keeps every budget, the only method that does. "
         "More accurate, but over some budget: dense (82.5 %)."
     )
@@ -306,25 +317,208 @@ def test_a_lead_within_the_noise_is_called_so(tmp_path):
     for seed, (level, other) in enumerate(((0.80, 0.79), (0.82, 0.84), (0.90, 0.86))):
         Synthetic(seed=seed, level=level).write(tmp_path / f"n{seed}")
         Synthetic(method="fjord", seed=seed, level=other).write(tmp_path / f"f{seed}")
-    assert words.verdict(compared(tmp_path)).replace("\u00a0", " ") == (
+    assert verdict(compared(tmp_path)).replace("\u00a0", " ") == (
         "It keeps every budget, as does the other method. Of these it is the most accurate, "
         "82.5 % in the mean of the classes; next is fjord with 81.5 % "
         "(1.0 points less, a lead within the spread of the seeds)."
     )
 
 
+def test_what_another_method_does_better_is_in_the_headline(tmp_path):
+    # By seed 5, 6 and 7 points ahead on the sensor; on the phone 3 ahead, then 3 behind, then even.
+    for seed, (sensor, phone) in enumerate(((0.82, 0.82), (0.83, 0.76), (0.84, 0.79))):
+        Synthetic(seed=seed).write(tmp_path / f"n{seed}")
+        levels = {"sensor": sensor, "phone": phone, "hub": 0.5, "watch": 0.5}
+        Synthetic(method="small", seed=seed, levels=levels).write(tmp_path / f"s{seed}")
+    comparison = compared(tmp_path)
+    assert comparison.best.variant.label == "nested"
+    assert behind(comparison) == {"small": {"sensor": pytest.approx(0.06)}}
+    assert headline(comparison).endswith(" It is behind small by 6.0 points on sensor.")
+
+
+def test_only_methods_within_the_budget_are_ahead(tmp_path):
+    dense = dict.fromkeys(SHARES, "hub")
+    Synthetic().write(tmp_path / "n")
+    Synthetic(method="dense", models=dense, level=0.95).write(tmp_path / "d")
+    levels = {"watch": 0.80, "hub": 0.806}
+    Synthetic(method="fjord", level=0.5, levels=levels).write(tmp_path / "f")
+    # A single seed: two points are said, less than one is not.
+    assert behind(compared(tmp_path)) == {
+        "dense": {"hub": pytest.approx(0.15)},
+        "fjord": {"watch": pytest.approx(0.02)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "by", "clear"),
+    [
+        # Seeds are far apart, but in every one of them the first is ahead.
+        ({0: 0.9, 1: 0.5, 2: 0.7}, {0: 0.88, 1: 0.48, 2: 0.69}, 0.05 / 3, True),
+        ({0: 0.9, 1: 0.5}, {0: 0.85, 1: 0.53}, 0.01, False),
+        ({0: 0.9, 1: 0.5}, {2: 0.85, 3: 0.45}, 0.05, False),  # no pair
+        ({0: 0.91, 1: 0.9}, {2: 0.85, 3: 0.86}, 0.05, True),
+        ({0: 0.9}, {0: 0.889}, 0.011, True),
+        ({0: 0.9}, {0: 0.895}, 0.005, False),
+        ({0: 0.9, 1: 0.9}, {0: 0.9, 1: 0.9}, 0.0, False),
+    ],
+)
+def test_leads_are_judged_by_pairs_where_there_are_some(mine, theirs, by, clear):
+    found = lead(mine, theirs)
+    assert (found.by, found.clear) == (pytest.approx(by), clear)
+
+
+def test_a_class_without_a_model_is_behind_nobody():
+    assert lead({0: None}, {0: 0.9}) is None
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [(1, "as does the other method"), (2, "as do both other methods"),
+     (3, "as do all 3 other methods")],
+)  # fmt: skip
+def test_how_many_others_keep_their_budgets(tmp_path, others, said):
+    for i in range(others + 1):
+        Synthetic(method=f"m{i}", level=0.9 - i / 10).write(tmp_path / str(i))
+    assert verdict(compared(tmp_path)).startswith(f"It keeps every budget, {said}.")
+
+
+def test_what_was_run_is_said_with_its_seeds(fleet, tmp_path):
+    assert about(fleet) == (
+        "12 simulated runs of fashion: nested, exclude, dense and sparse, each with seeds 0 to 2."
+    )
+    for seed in (4, 9):
+        Synthetic(seed=seed).write(tmp_path / str(seed))
+    assert about(compared(tmp_path)) == (
+        "2 simulated runs of fashion: nested with seeds 4 and 9. "
+        "With fewer than 3 seeds, a spread is a guess."
+    )
+    assert words.spread_note(fleet) == "Means ± sample standard deviations over 3 seeds."
+
+
+def test_a_limit_on_latency_is_neither_kept_nor_broken(tmp_path):
+    Synthetic(latency_ms=1e-6).write(tmp_path / "run")
+    comparison = compared(tmp_path)
+    found = {(c.device_class, c.kind): c for c in checks(comparison)}
+    latency = found["sensor", "latency_ms"]
+    assert (latency.limit, latency.shipped, latency.within, latency.left) == (
+        1e-6,
+        None,
+        None,
+        None,
+    )
+    assert found["sensor", "macs"].within is True
+    assert verdict(comparison) == (
+        "It keeps every budget, latency aside. "
+        "Whether sensor is fast enough, only the device can tell."
+    )
+    grid = budgets(comparison)
+    assert "Every limit, latency aside, is kept by every model." in grid.says
+    sensor = grid.groups[0][1][-1]
+    assert sensor[1] == Mark(True, "kept, latency aside")
+    assert sensor[-1] == Mark(None, "measured on the device (at most 0.000001\u00a0ms)")
+    rows = [dict(zip(grid.table.columns, row, strict=True)) for row in grid.table.rows]
+    (row,) = [row for row in rows if row["limit"] == "latency_ms"]
+    assert (row["shipped"], row["within"], row["left"]) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("ms", "text"),
+    [(1e-6, "0.000001 ms"), (0.0573, "0.0573 ms"), (1.5, "1.5 ms"), (12.34, "12.3 ms"),
+     (1234.0, "1,234 ms"), (0.0, "0 ms"), (100.0, "100 ms"), (40.0, "40 ms")],
+)  # fmt: skip
+def test_milliseconds_keep_digits_that_mean_something(ms, text):
+    assert words.milliseconds(ms).replace("\u00a0", " ") == text
+
+
+def test_the_best_of_each_class_stands_out(fleet):
+    grid = results(fleet)
+    order = [row.variant.label for row in fleet.rows]
+    marked = {(i, order[j]): standing for (i, j), standing in grid.standing.items()}
+    assert marked == {
+        (0, "dense"): Standing.BEST,  # the hub can hold it
+        **{(i, "nested"): Standing.BEST for i in (1, 2, 3, 4)},
+        **{(i, "dense"): Standing.OVER for i in (1, 2, 3, 4)},
+    }
+    assert grid.head.count("of dense MACs") == grid.head.count("of dense file") == 1
+    assert grid.groups[0][0] == "hub: 1 device, target 80.8\u00a0% on validation"
+    assert grid.groups[0][1][0][-1] == "6.7\u00a0min (2 of 3)"
+
+
+def test_points_in_each_others_way_stand_side_by_side(fleet):
+    assert sides([(1, 0.5)] * 4 + [(9, 0.5)], [1, 1, 0, 1, 1]) == [1, -1, 0, 2, 0]
+    assert sides([(1, 0.5), (1, 0.9)], [0, 0]) == [0, 0]
+    assert sides([], []) == []
+    table = tables.pareto(fleet)
+    said = findings.of_pareto(table, "macs", fleet).replace("\u00a0", " ")
+    assert "nested · sensor 77.0 %; nested · watch 78.0 %; nested · phone 79.0 %; dense" in said
+
+
+def test_one_model_for_all_is_named_once(tmp_path):
+    Synthetic(models=dict.fromkeys(SHARES, "sensor"), levels=dict.fromkeys(SHARES, 0.7)).write(
+        tmp_path / "s"
+    )
+    Synthetic(method="other", level=0.6).write(tmp_path / "o")
+    comparison = compared(tmp_path)
+    said = findings.of_pareto(tables.pareto(comparison), "bytes", comparison)
+    assert "for as little: nested · every class 70.0\u00a0%." in said
+    assert "Points that would cover each other stand side by side." in said
+    mine = tables.pareto(comparison).where("variant", "nested")
+    assert mine.column("macs") == [125_000] * 4
+    assert sorted(mine.column("macs_side")) == [-1, 0, 1, 2]
+
+
+def test_all_of_a_curve_is_within_its_axis(fleet):
+    specs = {
+        name: spec
+        for section in sections(fleet)
+        for block in section.blocks
+        if isinstance(block, Figure)
+        for name, spec in block.specs.items()
+    }
+    table = tables.curves(fleet)
+    for x in ("round", "bytes", "virtual_s"):
+        low, high = specs[f"curve-{x}"]["layer"][0]["encoding"]["y"]["scale"]["domain"]
+        assert low <= min(table.column("low"))
+        assert max(table.column("high")) <= high
+
+
+def test_differences_in_the_mean_are_over_classes_that_both_have(fleet, tmp_path):
+    comparison = compared(write_fleet(tmp_path), baseline="exclude")
+    # 0.80 and 0.79 against 0.70 and 0.69; two classes have nothing to be compared with.
+    assert comparison.mean_delta(row_of(comparison, "nested")) == Spread(
+        pytest.approx(0.1), pytest.approx(0.0), 3
+    )
+    assert comparison.mean_delta(row_of(comparison, "exclude")) is None
+    assert fleet.mean_delta(fleet.best) is None
+
+
+def test_settings_in_which_methods_differ_have_words():
+    names = [
+        *(f"training.{key}" for key in (*PLAIN, "devices_per_round", "min_devices")),
+        *(f"simulation.{key}" for key in SimulationConfig.model_fields),
+        *(f"simulation.partition.{key}" for key in PartitionSpec.model_fields),
+        *(f"simulation.classes.hub.{key}" for key in DeviceProfile.model_fields),
+    ]
+    tables_of_their_own = {"simulation.partition", "simulation.classes"}
+    assert {n for n in names if not meaning(f"settings.{n}")} == tables_of_their_own
+    assert meaning("budgets.sensor.macs") == (
+        "of sensor: most multiply-accumulates of one inference"
+    )
+    assert meaning("settings.lr") == ""
+
+
 def test_a_method_that_leaves_classes_out_or_exceeds_budgets_says_so(tmp_path):
     models = {"hub": "hub", "phone": None, "watch": None, "sensor": "hub"}
     Synthetic(method="odd", models=models, up=80_000).write(tmp_path / "run")
     odd = compared(tmp_path)
-    said = words.headline(odd).replace("\u00a0", " ")
+    said = headline(odd).replace("\u00a0", " ")
     assert said == (
         "On fashion, odd gives hub 80.0 % and sensor 77.0 % accuracy on the test set, at 100 and "
         "100 % of the dense model's MACs and 100 and 100 % of its bytes, and leaves phone and "
         "watch without a model; its devices upload 2.0 times more than dense float32 updates "
         "would take."
     )
-    assert words.verdict(odd) == "odd does not keep the budget of phone, watch and sensor."
+    assert verdict(odd) == "odd does not keep the budget of phone, watch and sensor."
 
 
 @pytest.mark.parametrize(

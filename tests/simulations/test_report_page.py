@@ -2,15 +2,19 @@
 
 import json
 import re
+from datetime import date
 from html.parser import HTMLParser
+from importlib.metadata import version
 from itertools import pairwise
 
 import pytest
 
 from fleetprune.errors import DataError
+from fleetprune_sim.report.comparison import compare
 from fleetprune_sim.report.finding import find_runs
 from fleetprune_sim.report.markup import json_script, tag
-from fleetprune_sim.report.page import POLICY, write_report
+from fleetprune_sim.report.page import POLICY, write_page, write_report
+from fleetprune_sim.report.variants import group
 from tests.simulations.report_runs import Synthetic, write_fleet
 
 EVIL = "<script>document.title='owned'</script>"
@@ -136,7 +140,7 @@ def test_verdicts_are_signs_and_words(outline):
     assert "✗ 1,000,000 (100.0\u00a0% over)" in text
     assert "✓ 5,000 B (90.0\u00a0% left)" in text
     assert "– no model" in text
-    assert "phone: at most MACs 500,000, file 50,000 B" in text
+    assert "phone: at most 500,000 MACs, a file of 50,000 B" in text
 
 
 def test_global_and_own_accuracy_are_both_there(outline):
@@ -165,9 +169,57 @@ def test_file_names_of_downloads_are_stable(outline):
     }  # fmt: skip
 
 
-def test_the_same_runs_give_the_same_file(report, tmp_path):
-    write_report(tmp_path / "again.html", find_runs([report.parent]).runs, "A & <b>")
-    assert (tmp_path / "again.html").read_bytes() == report.read_bytes()
+def test_the_same_runs_give_the_same_file_on_the_same_day(report, tmp_path):
+    ((task, variants),) = group(find_runs([report.parent]).runs).items()
+    for name in ("one", "two"):
+        write_page(tmp_path / name, [compare(task, variants)], "A & <b>", date(2026, 2, 3))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert "Written on 2026-02-03 by" in (tmp_path / "one").read_text()
+
+
+def test_the_page_says_when_by_what_and_with_which_seeds(outline, tmp_path):
+    text = "".join(outline.text)
+    assert re.search(rf"Written on \d{{4}}-\d\d-\d\d by fleetprune {version('fleetprune')}\.", text)
+    assert "nested, exclude, dense and sparse, each with seeds 0 to 2." in text
+    assert "fleetprune simulate --task fashion --rounds 4 --method nested,exclude,dense" in text
+    assert "a spread is a guess" not in text
+    write_fleet(tmp_path, seeds=2, version="0.0.7")
+    write_report(tmp_path / "report.html", find_runs([tmp_path]).runs, "x")
+    text = "".join(Outline((tmp_path / "report.html").read_text()).text)
+    assert f"by fleetprune {version('fleetprune')}; runs made by 0.0.7." in text
+    assert text.count("With fewer than 3 seeds, a spread is a guess.") == 2  # on top, at the table
+
+
+def test_the_best_rows_have_signs_and_not_only_colours(outline):
+    rows = [a.get("class") for n, a in outline.elements if n == "tr" and a.get("class") != "group"]
+    assert (rows.count("best"), rows.count("over")) == (5, 4)
+    assert (outline.text.count("★ "), outline.text.count("☆ ")) == (5, 4)
+
+
+def test_settings_are_named_as_in_fleet_toml_and_explained(tmp_path):
+    for method, rate in (("fjord", 0.1), ("nested", 0.2)):
+        run = Synthetic(method=method, settings={"training": {"learning_rate": rate}})
+        run.write(tmp_path / method)
+    write_report(tmp_path / "report.html", find_runs([tmp_path]).runs, "x")
+    text = Outline((tmp_path / "report.html").read_text()).text
+    at = text.index("training.learning_rate")
+    assert text[at : at + 4] == [
+        "training.learning_rate", "0.1", "0.2", "of the devices, in the first round",
+    ]  # fmt: skip
+    assert not any(piece.startswith("settings.") for piece in text)
+
+
+def test_the_heat_map_has_a_scale(outline):
+    at = outline.text.index("Share of a device's samples:")
+    scale = [piece.replace("\u00a0", " ") for piece in outline.text[at + 1 : at + 6]]
+    assert scale == ["0 %", "25 %", "50 %", "75 %", "100 %"]
+    (task,) = json.loads(outline.scripts[1])["tasks"].values()
+    assert task["specs"]["partition"]["encoding"]["y"]["title"] == "label"
+    titles = [task["specs"][f"pareto-{cost}"]["layer"][0]["encoding"]["x"]["title"]
+              for cost in ("macs", "bytes")]  # fmt: skip
+    assert titles == [
+        "MACs of one inference, logarithmic scale", "bytes of the file, logarithmic scale",
+    ]  # fmt: skip
 
 
 def test_tasks_have_articles_and_addresses_of_their_own(tmp_path):

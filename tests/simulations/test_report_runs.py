@@ -176,8 +176,8 @@ def test_settings_are_named_in_full_where_their_last_word_is_not_enough(tmp_path
                                   {"up": {"bits": 8}, "down": {"bits": 4}})):  # fmt: skip
         Synthetic(settings=settings).write(tmp_path / str(i))
     assert [label for label, _ in labels(tmp_path)["fashion"]] == [
-        "nested (settings.up.bits=4, settings.down.bits=8)",
-        "nested (settings.up.bits=8, settings.down.bits=4)",
+        "nested (up.bits=4, down.bits=8)",
+        "nested (up.bits=8, down.bits=4)",
     ]
 
 

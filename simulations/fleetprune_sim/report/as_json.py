@@ -47,6 +47,7 @@ def _variant(comparison: Comparison, row: Row) -> dict[str, Any]:
             "classes": row.served,
             "accuracy": _spread(row.mean("accuracy")),
             "own_accuracy": _spread(row.mean("own_accuracy")),
+            "delta": _spread(comparison.mean_delta(row)),
         },
         "classes": {
             name: _class(comparison, row, name, cell)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import altair as alt
 
 from fleetprune_sim.report.chart_parts import COUNT, Spec, color_of, finish, tip
-from fleetprune_sim.report.style import GREY, PALETTE
+from fleetprune_sim.report.style import GREY, PALETTE, SHADES
 
 
 def bars(
@@ -18,6 +18,7 @@ def bars(
     labels: str = COUNT,
     divisor: float = 1,
     pale: str = "false",
+    note: str = "",
 ) -> Spec:
     """One bar per class and variant.
 
@@ -30,23 +31,25 @@ def bars(
         labels: Expression for what is written beside the axis.
         divisor: Of the figures, for the axis.
         pale: Condition under which a bar is not to be taken at its word.
+        note: Expression for what is written behind a bar, or where there is none; "": nothing.
     """
+    placed = alt.Chart(alt.NamedData(table)).encode(
+        y=alt.Y(
+            "class:N",
+            sort=list(classes),
+            title=None,
+            scale=alt.Scale(domain=list(classes), paddingInner=0.25, paddingOuter=0.1),
+        ),
+        yOffset=alt.YOffset(
+            "variant:N", sort=list(variants), scale=alt.Scale(domain=list(variants))
+        ),
+    )
     chart = (
-        alt.Chart(alt.NamedData(table))
-        .transform_filter(f"isValid(datum.{column})")
+        placed.transform_filter(f"isValid(datum.{column})")
         .transform_calculate(shown=f"datum.{column} / {divisor}")
         .mark_bar(cornerRadiusEnd=2)
         .encode(
             x=alt.X("shown:Q", title=title, axis=alt.Axis(tickCount=5, labelExpr=labels)),
-            y=alt.Y(
-                "class:N",
-                sort=list(classes),
-                title=None,
-                scale=alt.Scale(domain=list(classes), paddingInner=0.25, paddingOuter=0.1),
-            ),
-            yOffset=alt.YOffset(
-                "variant:N", sort=list(variants), scale=alt.Scale(domain=list(variants))
-            ),
             color=color_of("variant", variants),
             opacity=alt.condition(pale, alt.value(0.4), alt.value(1.0)),
             tooltip=[
@@ -57,7 +60,16 @@ def bars(
             ],
         )
     )
-    bar = max(9, 22 - 2 * len(variants))
+    bar = max(13 if note else 9, 22 - 2 * len(variants))
+    if note:
+        written = (
+            placed.transform_calculate(
+                shown=f"isValid(datum.{column}) ? datum.{column} / {divisor} : 0", note=note
+            )
+            .mark_text(align="left", dx=4, fontSize=10, color=GREY)
+            .encode(x=alt.X("shown:Q"), text="note:N")
+        )
+        chart = alt.layer(chart, written)
     return finish(chart, round(len(classes) * (len(variants) * bar + 8)))
 
 
@@ -83,9 +95,9 @@ def heat_map(labels: Sequence[str]) -> Spec:
             x=alt.X(
                 "device:N", sort=None, title="devices", axis=alt.Axis(labels=False, ticks=False)
             ),
-            y=alt.Y("label:N", sort=list(labels), title=None, axis=alt.Axis(labelLimit=90)),
+            y=alt.Y("label:N", sort=list(labels), title="label", axis=alt.Axis(labelLimit=90)),
             opacity=alt.Opacity(
-                "share:Q", scale=alt.Scale(domain=[0, 1], range=[0.04, 1]), legend=None
+                "share:Q", scale=alt.Scale(domain=[0, 1], range=list(SHADES)), legend=None
             ),
             tooltip=[
                 tip("device"),

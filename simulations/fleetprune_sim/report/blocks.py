@@ -1,7 +1,8 @@
 """What a page is made of: sections with figures and tables, before they are HTML."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 from fleetprune_sim.report.table import Table
@@ -28,6 +29,8 @@ class Legend:
     title: str
     colors: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, str] = field(default_factory=dict)
+    shades: Mapping[str, float] = field(default_factory=dict)
+    """How strong one colour is."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,24 @@ class Figure:
     """One chart over the whole width."""
 
 
+class Standing(Enum):
+    """How a row of a table stands out."""
+
+    BEST = "★"
+    """Nothing within the budget is more accurate."""
+    OVER = "☆"
+    """More accurate still, but over the budget."""
+
+
 @dataclass(frozen=True)
 class Mark:
     """A table's cell that says yes or no."""
 
     good: bool | None
     text: str
+
+
+Cells = list[str | Mark]
 
 
 @dataclass(frozen=True)
@@ -69,8 +84,15 @@ class Grid:
     table: Table | None = None
     """The same for scripts."""
     folded: bool = False
-    emphasis: str = ""
-    """Rows with this heading stand out."""
+    standing: Mapping[tuple[int, int], Standing] = field(default_factory=dict)
+    """Rows that stand out, by the number of their group and their own in it."""
+    prose: bool = False
+    """Cells are words, not figures."""
+
+    def by_class(self) -> "Grid":
+        """Of a single method: a row per class."""
+        rows = [[title, *row[1:]] for title, (row,) in self.groups]
+        return replace(self, head=["class", *self.head[1:]], groups=[("", rows)])
 
 
 @dataclass(frozen=True)

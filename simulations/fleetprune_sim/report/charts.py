@@ -19,12 +19,11 @@ from fleetprune_sim.report.chart_parts import (
     tip,
     unit_of,
 )
+from fleetprune_sim.report.cost_axis import STEP, logarithmic
 from fleetprune_sim.report.style import GREY, SHAPES
 from fleetprune_sim.report.tables import SHIPPED
 
 HEIGHT = 220
-LOG_FROM = 8.0
-"""Ratio of the largest to the smallest cost from which an axis is logarithmic."""
 
 
 def curve(
@@ -47,7 +46,7 @@ def curve(
         few: Whether single evaluations are marked.
     """
     seconds, unit = unit_of(longest)
-    title = {"round": "round", "bytes": "both ways, whole fleet", "virtual_s": unit}[x]
+    title = {"round": "round", "bytes": "bytes both ways, whole fleet", "virtual_s": unit}[x]
     base = (
         alt.Chart(alt.NamedData("accuracy"))
         .transform_calculate(time=f"datum.virtual_s / {seconds}")
@@ -94,6 +93,7 @@ def pareto(
     costs: Sequence[float],
     *,
     whiskers: bool,
+    widest: int,
 ) -> Spec:
     """Accuracy against `macs` or `bytes`: a point per variant and class, and the front.
 
@@ -103,15 +103,14 @@ def pareto(
         classes: In the order of their shapes.
         costs: All that are drawn.
         whiskers: Whether to draw standard deviations.
+        widest: Most steps that a point stands beside its place.
     """
-    positive = [c for c in costs if c > 0]
-    logarithmic = bool(positive) and max(positive) / min(positive) >= LOG_FROM
-    title = {"macs": "MACs of one inference", "bytes": "file"}[cost]
-    scale = (
-        alt.Scale(type="log", nice=False, padding=14)
-        if logarithmic
-        else alt.Scale(zero=False, nice=False, padding=14)
-    )
+    title = {"macs": "MACs of one inference", "bytes": "bytes of the file"}[cost]
+    padding = 14 + STEP * widest
+    scale = alt.Scale(zero=False, nice=False, padding=padding)
+    if logarithmic(costs):
+        scale = alt.Scale(type="log", nice=False, padding=padding)
+        title += ", logarithmic scale"
     x = alt.X(
         f"{cost}:Q",
         title=title,
@@ -121,7 +120,8 @@ def pareto(
         ),
     )
     y_scale = alt.Scale(zero=False, padding=12)
-    y = alt.Y("accuracy:Q", title=None, scale=y_scale, axis=percent_axis())
+    y = alt.Y("accuracy:Q", title="accuracy", scale=y_scale, axis=percent_axis())
+    beside = alt.ExprRef(f"{STEP} * datum.{cost}_side")
     known = alt.Chart(alt.NamedData("pareto")).transform_filter(f"isValid(datum.{cost})")
     front = (
         known.transform_filter(f"datum.{cost}_front")
@@ -130,10 +130,10 @@ def pareto(
     )
     lines = (
         known.transform_filter("datum.high > datum.low")
-        .mark_rule(strokeWidth=1.2, opacity=0.55)
+        .mark_rule(strokeWidth=1.2, opacity=0.55, xOffset=beside)
         .encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=color_of("variant", variants))
     )
-    dots = known.mark_point(size=95, strokeWidth=1.8).encode(
+    dots = known.mark_point(size=95, strokeWidth=1.8, xOffset=beside).encode(
         x=x,
         y=y,
         color=color_of("variant", variants),

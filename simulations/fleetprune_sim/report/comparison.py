@@ -36,9 +36,13 @@ class Cell:
         """Whether that is so in all of them."""
         return bool(self.results) and self.kept == len(self.results)
 
+    def by_seed(self, figure: str) -> dict[int, float | None]:
+        """A figure of `ClassResult` of every seed."""
+        return {r.seed: getattr(r, figure) for r in self.results}
+
     def spread(self, figure: str) -> Spread | None:
-        """A figure of `ClassResult` over the seeds."""
-        return Spread.of(getattr(r, figure) for r in self.results)
+        """The same over the seeds."""
+        return Spread.of(self.by_seed(figure).values())
 
     def seconds_to(self, target: float | None) -> Spread | None:
         """Virtual time to a target, over the seeds that reached it."""
@@ -73,12 +77,16 @@ class Row:
 
     def mean(self, figure: str) -> Spread | None:
         """A figure's mean over the classes that have a model, every class counting the same."""
-        per_seed = []
-        for i in range(len(self.variant.runs)):
-            values = [getattr(c.results[i], figure) for c in self.cells.values() if c.served]
-            known = [v for v in values if v is not None]
-            per_seed.append(fmean(known) if known else None)
-        return Spread.of(per_seed)
+        return Spread.of(self.means(figure, list(self.cells)).values())
+
+    def means(self, figure: str, classes: Sequence[str]) -> dict[int, float | None]:
+        """By seed, a figure's mean over those of some classes that have a model."""
+        served = [self.cells[name] for name in classes if self.cells[name].served]
+        found: dict[int, float | None] = {}
+        for i, seed in enumerate(self.variant.seeds):
+            known = [v for c in served if (v := getattr(c.results[i], figure)) is not None]
+            found[seed] = fmean(known) if known else None
+        return found
 
     @cached_property
     def up_factor(self) -> Spread | None:
@@ -109,9 +117,15 @@ class Comparison:
         """Accuracy above the baseline's, by pairs of the same seed; None for the baseline."""
         if self.baseline is None or row is self.baseline:
             return None
-        mine = row.cells[device_class].results
-        theirs = {r.seed: r.accuracy for r in self.baseline.cells[device_class].results}
-        return _paired({r.seed: r.accuracy for r in mine}, theirs)
+        mine, theirs = (r.cells[device_class].by_seed("accuracy") for r in (row, self.baseline))
+        return paired(mine, theirs)
+
+    def mean_delta(self, row: Row) -> Spread | None:
+        """The same of the means over the classes for which both have a model."""
+        if self.baseline is None or row is self.baseline:
+            return None
+        both = shared_classes(row, self.baseline)
+        return paired(row.means("accuracy", both), self.baseline.means("accuracy", both))
 
     @property
     def best(self) -> Row:
@@ -176,10 +190,12 @@ def _baseline(task: str, rows: Sequence[Row], wanted: str) -> Row:
     raise DataError(f"baseline {wanted} {what} of {task}, expected one of {labels}")
 
 
-def _paired(mine: Mapping[int, float | None], theirs: Mapping[int, float | None]) -> Spread | None:
-    differences = []
-    for seed, accuracy in mine.items():
-        other = theirs.get(seed)
-        if accuracy is not None and other is not None:
-            differences.append(accuracy - other)
-    return Spread.of(differences)
+def shared_classes(one: Row, other: Row) -> list[str]:
+    """Classes for which both have a model."""
+    return [n for n, cell in one.cells.items() if cell.served and other.cells[n].served]
+
+
+def paired(mine: Mapping[int, float | None], theirs: Mapping[int, float | None]) -> Spread | None:
+    """How far one figure is above another, over the seeds that have both."""
+    pairs = [(value, theirs.get(seed)) for seed, value in mine.items()]
+    return Spread.of(a - b for a, b in pairs if a is not None and b is not None)

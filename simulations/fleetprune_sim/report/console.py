@@ -8,8 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fleetprune_sim.report import words
+from fleetprune_sim.report.budgets import left_to_devices
 from fleetprune_sim.report.comparison import Cell, Comparison, Row
 from fleetprune_sim.report.figures import mean_of
+from fleetprune_sim.report.setting_words import short
 from fleetprune_sim.report.variants import fleet_differences
 
 OWN = "own %"
@@ -74,7 +76,7 @@ def _columns(comparison: Comparison) -> dict[str, Column]:
             lambda _, row, name: words.percent_spread(row.cells[name].spread("own_accuracy")),
             lambda _, row: words.percent_spread(row.mean("own_accuracy")),
         ),
-        "points": (words.delta, lambda _, row: ""),
+        "points": (words.delta, words.mean_delta),
         "MACs": _share("macs_share"),
         "file": _share("bytes_share"),
         "upload": (
@@ -124,19 +126,34 @@ def _fits(cell: Cell) -> Text:
 
 def _notes(comparison: Comparison, *, own: bool) -> list[str]:
     notes = [
-        ("Own: on the class's devices' own held-out samples. " if own else "")
+        "±: one sample standard deviation over the seeds. "
+        * (max(len(row.variant.runs) for row in comparison.rows) > 1)
+        + ("Own: on the class's devices' own held-out samples. " if own else "")
         + "MACs, file: of the dense model's. Upload: how many times the bytes dense float32 "
-        "updates would have taken. Fits: within budget. To target: virtual time until "
-        "validation accuracy reached the figure beside the class."
+        f"updates would have taken. Fits: within budget{_aside(comparison)}. To target: virtual "
+        "time until validation accuracy reached the figure beside the class, in brackets in how "
+        "many runs if not in all."
     ]
     if any(row.served < len(comparison.classes) for row in comparison.rows):
         notes.append("Means are over the classes that have a model: not the same for all methods.")
     if comparison.baseline is not None:
         label = comparison.baseline.variant.label
-        notes.append(f"Points: accuracy above {label}'s, paired by seed; {_pairs(comparison)}.")
+        notes.append(
+            f"Points: accuracy above {label}'s, paired by seed; {_pairs(comparison)}. In the mean: "
+            "over the classes for which both have a model."
+        )
     if apart := fleet_differences([row.variant for row in comparison.rows]):
-        notes.append(f"Read with care: the runs differ in {words.joined(apart)}.")
+        names = words.joined([short(name) for name in apart])
+        notes.append(f"Read with care: the runs differ in {names}.")
     return notes
+
+
+def _aside(comparison: Comparison) -> str:
+    """What the verdict on budgets leaves open."""
+    left = left_to_devices(comparison)
+    return (
+        f", but for the latency of {words.joined(left)}: only the device can tell" if left else ""
+    )
 
 
 def _pairs(comparison: Comparison) -> str:

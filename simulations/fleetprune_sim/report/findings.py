@@ -1,5 +1,6 @@
 """What each chart shows, in words, for those who do not see it and those in a hurry."""
 
+from collections.abc import Sequence
 from statistics import median
 
 from fleetprune_sim.history import DeviceRow
@@ -59,18 +60,15 @@ def of_pareto(table: Table, cost: str, comparison: Comparison) -> str:
         if row[at[f"{cost}_front"]]:
             key = _float(row[at[cost]]), _float(row[at["accuracy"]]), str(row[at["variant"]])
             front.setdefault(key, []).append(str(row[at["class"]]))
-    models = words.joined(
-        [
-            f"{label}, {', '.join(classes)} {words.percent(accuracy)}"
-            if len(comparison.rows) > 1
-            else f"{', '.join(classes)} {words.percent(accuracy)}"
-            for (_, accuracy, label), classes in sorted(front.items())
-        ],
-        between="; ",
+    models = "; ".join(
+        f"{' · '.join(_named(label, classes, comparison))} {words.percent(accuracy)}"
+        for (_, accuracy, label), classes in sorted(front.items())
     )
     said = f"No other model is at least as accurate for as little: {models}." if front else ""
     if any(table.column("high")[i] > low for i, low in enumerate(table.column("low"))):
         said += " Lines through points: one standard deviation over seeds."
+    if any(table.column(f"{cost}_side")):
+        said += " Points that would cover each other stand side by side."
     if not all(table.column("within_budget")):
         said += " Faint: over its class's budget."
     if NO_ZEROS in table.column("counted"):
@@ -111,7 +109,9 @@ def of_partition(run: Run, shown: int) -> str:
         )
     drawn = "" if shown == len(sizes) else f" {shown} devices are drawn, evenly chosen by name."
     seed = f"Seed {run.summary.seed}"
-    return f"{said}. {seed}; the stronger the colour, the larger a label's share.{drawn}"
+    return (
+        f"{said}. {seed}; the stronger the colour, the larger a label's share of a device.{drawn}"
+    )
 
 
 def of_energy(comparison: Comparison) -> str:
@@ -140,9 +140,14 @@ def of_reaching(comparison: Comparison) -> str:
             s and s.n < len(row.variant.runs)
             for s, row in zip(reached.values(), served, strict=True)
         )
-    said = f"Virtual time until validation accuracy first reached {words.joined(targets)}."
+    said = (
+        "Virtual time until accuracy on the validation set first reached its target: "
+        f"{words.joined(targets)}."
+    )
     said += f" Never reached: {'; '.join(missed)}." if missed else ""
-    return said + (" Faint: reached by some of the seeds, which the bar averages." if some else "")
+    several = max(len(row.variant.runs) for row in comparison.rows) > 1
+    said += " Beside each bar: in how many of the seeds, which it averages." if several else ""
+    return said + (" Faint: not in all of them." if some else "")
 
 
 def of_traffic(comparison: Comparison, direction: str) -> str:
@@ -154,7 +159,14 @@ def of_traffic(comparison: Comparison, direction: str) -> str:
         )
         parts.append(_each(row, words.byte_size(mean_of(total)), comparison))
     what = {"up": "uploaded", "down": "downloaded"}[direction]
-    return f"All devices together {what} {words.joined(parts)}."
+    return f"All devices together {what}: {words.joined(parts)}."
+
+
+def _named(label: str, classes: Sequence[str], comparison: Comparison) -> list[str]:
+    """A method and the classes that it gives one and the same model."""
+    every = len(classes) > 1 and len(classes) == len(comparison.classes)
+    which = "every class" if every else " + ".join(classes)
+    return [which] if len(comparison.rows) == 1 else [label, which]
 
 
 def _each(row: Row, figure: str, comparison: Comparison) -> str:

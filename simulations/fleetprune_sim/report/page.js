@@ -15,6 +15,18 @@
     link.hidden = false;
   }
 
+  // Tables that are wider than their place say so, and show where they go on.
+  const look = (scroll) => {
+    const hidden = scroll.scrollWidth - scroll.clientWidth;
+    scroll.parentElement.parentElement.classList.toggle("wider", hidden > 1);
+    scroll.parentElement.parentElement.classList.toggle("more", hidden - scroll.scrollLeft > 1);
+  };
+  const resized = new ResizeObserver((entries) => entries.forEach(({ target }) => look(target)));
+  for (const scroll of document.querySelectorAll(".scroll")) {
+    scroll.addEventListener("scroll", () => look(scroll), { passive: true });
+    resized.observe(scroll);
+  }
+
   const records = ({ columns, rows }, where) => {
     const wanted = Object.entries(where).map(([name, value]) => [columns.indexOf(name), value]);
     return rows

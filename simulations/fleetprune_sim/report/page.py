@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Sequence
+from datetime import UTC, date, datetime
 from functools import cache
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import vl_convert
 from fleetprune.errors import DataError
 from fleetprune_sim.report import words
 from fleetprune_sim.report.blocks import Figure, Section
+from fleetprune_sim.report.command import commands
 from fleetprune_sim.report.comparison import Comparison, compare
+from fleetprune_sim.report.headline import about, headline, verdict
 from fleetprune_sim.report.markup import Markup, joined, json_script, tag
-from fleetprune_sim.report.render import render_section, tiles
+from fleetprune_sim.report.render import render_commands, render_section, tiles
 from fleetprune_sim.report.runs import Run
 from fleetprune_sim.report.sections import sections
 from fleetprune_sim.report.style import CONFIG
@@ -46,9 +50,18 @@ def write_report(out: Path, runs: Sequence[Run], title: str) -> None:
     write_page(out, [compare(task, v) for task, v in group(runs).items()], title)
 
 
-def write_page(out: Path, comparisons: Sequence[Comparison], title: str) -> None:
-    """Write the page on comparisons that are made already; see `write_report`."""
-    content = page(comparisons, title)
+def write_page(
+    out: Path, comparisons: Sequence[Comparison], title: str, on: date | None = None
+) -> None:
+    """Write the page on comparisons that are made already; see `write_report`.
+
+    Args:
+        out: The HTML file.
+        comparisons: One per task.
+        title: Of the page.
+        on: Date that it bears; None: today's.
+    """
+    content = page(comparisons, title, datetime.now(UTC).date() if on is None else on)
     unfinished = out.with_name(f"{out.name}.part")
     try:
         unfinished.write_text(content, encoding="utf-8")
@@ -57,13 +70,11 @@ def write_page(out: Path, comparisons: Sequence[Comparison], title: str) -> None
         raise DataError(f"{out}: cannot be written: {e.strerror}") from e
 
 
-def page(comparisons: Sequence[Comparison], title: str) -> str:
+def page(comparisons: Sequence[Comparison], title: str, on: date) -> str:
     """The whole file."""
     slugs = _slugs([c.task for c in comparisons])
     tasks = [(slug, c, sections(c)) for slug, c in zip(slugs, comparisons, strict=True)]
     body = joined(_task(slug, c, found, len(tasks) > 1) for slug, c, found in tasks)
-    n = sum(len(row.variant.runs) for c in comparisons for row in c.rows)
-    about = f"{words.counted(n, 'simulated run')}; {words.joined([c.task for c in comparisons])}"
     return "<!doctype html>\n" + tag(
         "html",
         tag(
@@ -81,7 +92,7 @@ def page(comparisons: Sequence[Comparison], title: str) -> str:
             "body",
             tag(
                 "main",
-                tag("header", tag("h1", title), tag("p", about, class_="about")),
+                tag("header", tag("h1", title), tag("p", _made(comparisons, on), class_="about")),
                 tag("noscript", tag("p", _NO_SCRIPT, class_="notice")),
                 tag("p", id="trouble", class_="notice", hidden=True, role="alert"),
                 body,
@@ -101,11 +112,22 @@ def _task(slug: str, c: Comparison, found: Sequence[Section], several: bool) -> 
     return tag(
         "article",
         tag("h2", c.task, class_="task") if several else None,
-        tag("p", words.headline(c), class_="headline"),
-        tag("p", words.verdict(c), class_="verdict"),
+        tag("p", about(c), class_="about"),
+        tag("p", headline(c), class_="headline"),
+        tag("p", verdict(c), class_="verdict"),
         tiles(c),
+        render_commands(commands(c)),
         joined(render_section(slug, section, 3 if several else 2) for section in found),
     )
+
+
+def _made(comparisons: Sequence[Comparison], on: date) -> str:
+    """When and by what the page and its runs were made."""
+    here = version("fleetprune")
+    runs = (run for c in comparisons for row in c.rows for run in row.variant.runs)
+    others = sorted({run.summary.version for run in runs} - {here, ""})
+    of_runs = f"; runs made by {words.joined(others)}" if others else ""
+    return f"Written on {on.isoformat()} by fleetprune {here}{of_runs}."
 
 
 def _data(tasks: Sequence[tuple[str, Comparison, Sequence[Section]]]) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """One run: its summary and its history, read from its folder without touching it."""
 
+import json
 import sqlite3
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,9 +14,10 @@ from fleetprune.config_file import explain
 from fleetprune.errors import DataError
 from fleetprune_sim.history import FILE, DeviceRow, EvaluationRow, RoundRow
 from fleetprune_sim.report.summary_file import Summary
+from fleetprune_sim.wanted import RUN
 
 SUMMARY = "summary.json"
-SUMMARY_LIMIT = 16_000_000  # bytes; a summary with a thousand classes has one
+FILE_LIMIT = 16_000_000  # bytes; a summary with a thousand classes has one
 
 Row = TypeVar("Row", RoundRow, EvaluationRow, DeviceRow)
 
@@ -31,6 +34,8 @@ class Run:
     """by round"""
     devices: tuple[DeviceRow, ...]
     """by name"""
+    described: Mapping[str, Any] = field(default_factory=dict)
+    """What the run is of, as its folder says; nothing where it does not."""
 
     def curve(self, device_class: str) -> list[EvaluationRow]:
         """Evaluations of the model that a class was given, by round; none if it was left out."""
@@ -67,21 +72,35 @@ def read_run(folder: Path) -> Run:
         tuple(sorted(rounds, key=lambda r: (r.number, r.phase, r.step))),
         tuple(sorted(evaluations, key=lambda e: e.round)),
         tuple(sorted(devices, key=lambda d: d.device)),
+        _described(folder / RUN),
     )
 
 
 def _summary(path: Path) -> Summary:
     try:
-        with path.open("rb") as file:
-            content = file.read(SUMMARY_LIMIT + 1)
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read: {e.strerror}") from e
-    if len(content) > SUMMARY_LIMIT:
-        raise DataError(f"{path}: larger than {SUMMARY_LIMIT:,} bytes")
-    try:
-        return Summary.model_validate_json(content)
+        return Summary.model_validate_json(_content(path))
     except ValidationError as e:
         raise DataError(f"{path}: {explain(e, Summary)}") from e
+
+
+def _described(path: Path) -> Mapping[str, Any]:
+    """Nothing in it is needed, so whatever is wrong with it is no error."""
+    try:
+        found = json.loads(_content(path))
+    except (DataError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(FILE_LIMIT + 1)
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read: {e.strerror}") from e
+    if len(content) > FILE_LIMIT:
+        raise DataError(f"{path}: larger than {FILE_LIMIT:,} bytes")
+    return content
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -3,31 +3,38 @@
 from collections.abc import Callable, Mapping, Sequence
 from math import floor
 
-from fleetprune_sim.report import bar_charts, charts, findings, grids, tables, words
+from fleetprune_sim.report import bar_charts, charts, findings, tables, words
 from fleetprune_sim.report.blocks import Figure, Grid, Legend, Plot, Section
+from fleetprune_sim.report.budget_grid import budgets
 from fleetprune_sim.report.chart_parts import BYTES, COUNT, unit_of
 from fleetprune_sim.report.comparison import Comparison
 from fleetprune_sim.report.partition_table import devices, partition
-from fleetprune_sim.report.style import PALETTE, SHAPES
+from fleetprune_sim.report.result_grid import results
+from fleetprune_sim.report.settings_grid import settings
+from fleetprune_sim.report.style import PALETTE, SHADES, SHAPES
 from fleetprune_sim.report.table import Table
 from fleetprune_sim.report.tables import per_seed
 
-ROOM = 0.25
-"""Accuracy below the worst final one that is drawn."""
 FEW = 25
 """Evaluations up to which each is marked on its curve."""
+_SOME = "datum.seeds_that_reached_it < datum.seeds"
+_REACHED = (
+    "!datum.seeds_with_a_model ? 'no model' : datum.seeds > 1 ? "
+    "datum.seeds_that_reached_it + ' of ' + datum.seeds : "
+    "datum.seeds_that_reached_it ? '' : 'not reached'"
+)
+"""Expressions on what became of a target."""
 
 
 def sections(comparison: Comparison) -> list[Section]:
     """All sections but the headline."""
-    settings = grids.settings(comparison)
     return [
-        Section("Result", [grids.results(comparison), grids.budgets(comparison)]),
+        Section("Result", [results(comparison), budgets(comparison)]),
         Section("Accuracy against cost", [_pareto(comparison, c) for c in ("macs", "bytes")]),
         Section("Accuracy on its way", _curves(comparison)),
         Section("The models", _keep(comparison)),
         Section("What the training took", _spent(comparison), columns=2),
-        Section("The fleet", [*_partition(comparison), *settings]),
+        Section("The fleet", [*_partition(comparison), *settings(comparison)]),
     ]
 
 
@@ -57,7 +64,10 @@ def _pareto(comparison: Comparison, cost: str) -> Figure:
     title = {"macs": "Accuracy against MACs", "bytes": "Accuracy against bytes of the file"}[cost]
     lows, highs = table.column("low"), table.column("high")
     whiskers = any(high > low for low, high in zip(lows, highs, strict=True))
-    spec = charts.pareto(cost, _variants(comparison), comparison.classes, costs, whiskers=whiskers)
+    spec = charts.pareto(
+        cost, _variants(comparison), comparison.classes, costs, whiskers=whiskers,
+        widest=max((abs(side) for side in table.column(f"{cost}_side")), default=0),
+    )  # fmt: skip
     plots = [Plot("", f"{title}. {says}", f"pareto-{cost}")] if table.rows else []
     return Figure(
         f"pareto-{cost}", f"{title}, test set", says, table, plots, {f"pareto-{cost}": spec},
@@ -68,7 +78,7 @@ def _pareto(comparison: Comparison, cost: str) -> Figure:
 def _curves(comparison: Comparison) -> list[Figure | Grid]:
     table = tables.curves(comparison)
     lows, highs = table.column("low"), table.column("high")
-    domain = _domain(comparison, highs)
+    domain = _domain(lows, highs)
     longest = max(table.column("virtual_s"), default=0.0)
     band = any(high > low for low, high in zip(lows, highs, strict=True))
     few = len(set(table.column("round"))) <= FEW
@@ -89,8 +99,6 @@ def _curves(comparison: Comparison) -> list[Figure | Grid]:
         ]  # fmt: skip
         if band and x == "round":
             says += " Line: mean over seeds; band: one standard deviation."
-        if min(lows, default=1.0) < domain[0]:
-            says += f" What lies below {words.percent(domain[0], 0)} is not drawn."
         found.append(
             Figure(f"accuracy-{x}", title, says, table, plots, {f"curve-{x}": spec},
                    _legends(comparison))
@@ -98,19 +106,10 @@ def _curves(comparison: Comparison) -> list[Figure | Grid]:
     return found
 
 
-def _domain(comparison: Comparison, highs: Sequence[float]) -> tuple[float, float]:
-    """Accuracies that are drawn: enough below the worst final one to see how it was reached.
-
-    From the bottom up, the differences that matter would be a few pixels.
-    """
-    finals = [
-        last.mean
-        for row in comparison.rows
-        for cell in row.cells.values()
-        if (last := cell.spread("validation")) is not None
-    ]
-    lowest = min(finals, default=0.0) - ROOM
-    return max(0.0, floor(lowest * 20) / 20), min(1.0, max(highs, default=1.0) + 0.01)
+def _domain(lows: Sequence[float], highs: Sequence[float]) -> tuple[float, float]:
+    """All accuracies that are drawn, from a round figure on: no curve begins out of sight."""
+    lowest = floor(10 * min(lows, default=0.0)) / 10
+    return lowest, min(1.0, max(highs, default=1.0) + 0.01)
 
 
 def _keep(comparison: Comparison) -> list[Figure | Grid]:
@@ -161,15 +160,15 @@ def _spent(comparison: Comparison) -> list[Figure | Grid]:
     def figure(
         column: str, title: str, says: str, axis: str, *, labels: str = COUNT, divisor: float = 1
     ) -> Figure:
-        some = "datum.seeds_that_reached_it < datum.seeds"
-        pale = some if column == "seconds_to_target" else "false"
+        timed = column == "seconds_to_target"
         spec = bar_charts.bars(
             "spent", column, _variants(comparison), comparison.classes,
-            title=axis, labels=labels, divisor=divisor, pale=pale,
+            title=axis, labels=labels, divisor=divisor, pale=_SOME if timed else "false",
+            note=_REACHED if timed else "",
         )  # fmt: skip
         plots = [Plot("", f"{title}. {says}", column)] if any(table.column(column)) else []
         name, legends = column.replace("_", "-"), _legends(comparison)
-        more = [per_seed(comparison)] if column == "seconds_to_target" else []
+        more = [per_seed(comparison)] if timed else []
         return Figure(name, title, says, table, plots, {column: spec}, legends, more, wide=True)
 
     return [
@@ -179,9 +178,18 @@ def _spent(comparison: Comparison) -> list[Figure | Grid]:
                findings.of_traffic(comparison, "down"), "whole training", labels=BYTES),
         figure("energy_j_per_device", "Energy of a device, by class",
                findings.of_energy(comparison), "joules, whole training"),
-        figure("seconds_to_target", "Time to target, by class",
+        figure("seconds_to_target", "Time to the target on validation, by class",
                findings.of_reaching(comparison), unit, divisor=seconds),
     ]  # fmt: skip
+
+
+def _shades() -> Legend:
+    """Of the heat map: a label's share of a device's samples."""
+    low, high = SHADES
+    shares = {i / 4: low + (high - low) * i / 4 for i in range(5)}
+    return Legend("Share of a device's samples", shades={
+        words.percent(share, 0): strength for share, strength in shares.items()
+    })  # fmt: skip
 
 
 def _partition(comparison: Comparison) -> list[Figure | Grid]:
@@ -200,5 +208,5 @@ def _partition(comparison: Comparison) -> list[Figure | Grid]:
     says = findings.of_partition(run, shown)
     return [
         Figure("partition", "Who has which samples", says, table, plots,
-               {"partition": bar_charts.heat_map(labels)}, more=[devices(run)])
+               {"partition": bar_charts.heat_map(labels)}, [_shades()], [devices(run)])
     ]  # fmt: skip

@@ -16,6 +16,8 @@ PALETTE = (
 a blue that is legible on dark too."""
 GREY = "#858b94"
 """Legible on white and on near-black."""
+SHADES = 0.04, 1.0
+"""How strong a colour is for nothing and for all."""
 SHAPES = (
     "circle",
     "square",

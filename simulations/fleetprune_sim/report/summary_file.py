@@ -98,6 +98,8 @@ class Summary(_Part):
     method: str
     seed: int
     rounds: Count
+    version: str = ""
+    """of the program"""
     engine: str = ""
     wall_s: Amount = 0.0
     client_rounds: Count = 0

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from fleetprune_sim.report.comparison import Cell, Comparison, Row
+from fleetprune_sim.report.cost_axis import sides
 from fleetprune_sim.report.figures import Spread
 from fleetprune_sim.report.front import on_front
 from fleetprune_sim.report.table import Table, Value, rounded
@@ -105,15 +106,24 @@ def curves(comparison: Comparison) -> Table:
 
 
 def pareto(comparison: Comparison) -> Table:
-    """Accuracy on the test set against what a model costs; fronts are of the shipped figures."""
+    """Accuracy on the test set against what a model costs; fronts are of the shipped figures.
+
+    `side` is how many steps beside its place a point is drawn, so that none covers another.
+    """
     columns = ("variant", "class", "counted", "seeds", "accuracy", "low", "high", "macs", "bytes",
-               "within_budget", "macs_front", "bytes_front")  # fmt: skip
+               "within_budget", "macs_front", "bytes_front", "macs_side", "bytes_side")  # fmt: skip
     records = list(_points(comparison))
     shipped = [r for r in records if r["counted"] == SHIPPED]
     for cost in ("macs", "bytes"):
         front = on_front([(_number(r[cost]), _number(r["accuracy"])) for r in shipped])
         for record, marked in zip(shipped, front, strict=True):
             record[f"{cost}_front"] = marked
+        known = [r for r in records if r[cost] is not None]
+        places = [(_number(r[cost]), _number(r["accuracy"])) for r in known]
+        ranks = [0 if r[f"{cost}_front"] else 1 if r["within_budget"] else 2 for r in known]
+        beside = sides(places, ranks)
+        for record, side in zip(known, beside, strict=True):
+            record[f"{cost}_side"] = side
     return Table.of("pareto", columns, records)
 
 
@@ -121,7 +131,7 @@ def spent(comparison: Comparison) -> Table:
     """What the training took of a device of each class: energy, traffic, time to the target."""
     columns = ("variant", "class", "seeds", "devices", "energy_j_per_device", "up_bytes_per_device",
                "down_bytes_per_device", "up_bytes", "down_bytes", "target", "seconds_to_target",
-               "seeds_that_reached_it")  # fmt: skip
+               "seeds_that_reached_it", "seeds_with_a_model")  # fmt: skip
     records = []
     for row, name, cell in _cells(comparison):
         target = comparison.targets[name]
@@ -134,6 +144,7 @@ def spent(comparison: Comparison) -> Table:
             "target": rounded(target, 5),
             "seconds_to_target": rounded(reached.mean, 2) if reached else None,
             "seeds_that_reached_it": reached.n if reached else 0,
+            "seeds_with_a_model": sum(r.served for r in cell.results),
         }
         for figure, digits in (("energy_j", 3), ("up_bytes", 0), ("down_bytes", 0)):
             each = Spread.of(getattr(r, figure) / max(1, r.devices) for r in cell.results)
@@ -196,6 +207,8 @@ def _points(comparison: Comparison) -> Iterator[Record]:
                     "within_budget": cell.within,
                     "macs_front": False,
                     "bytes_front": False,
+                    "macs_side": 0,
+                    "bytes_side": 0,
                 }
 
 

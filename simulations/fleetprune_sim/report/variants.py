@@ -8,6 +8,7 @@ from typing import Any
 
 from fleetprune.errors import DataError
 from fleetprune_sim.report.runs import Run
+from fleetprune_sim.report.setting_words import OF_RUNS
 
 FLEET = ("rounds", "engine", "input_shape", "dense", "partition", "devices", "budgets")
 """First words of settings that say what was learned where, whatever the method."""
@@ -96,7 +97,7 @@ def fleet_differences(variants: Sequence[Variant]) -> list[str]:
 def _label(method: str, own: Mapping[str, str]) -> str:
     short = {name: name.rpartition(".")[2] for name in own}
     if len(set(short.values())) < len(short):
-        short = {name: name for name in own}
+        short = {name: name.removeprefix(OF_RUNS) for name in own}
     inner = ", ".join(f"{short[name]}={value.strip(chr(34))}" for name, value in own.items())
     return f"{method} ({inner})" if inner else method
 
