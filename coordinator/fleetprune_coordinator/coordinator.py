@@ -3,8 +3,9 @@
 import hashlib
 import logging
 import math
-import pickle
-from collections.abc import Callable, Mapping, MutableMapping
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,6 +40,7 @@ from fleetprune_coordinator.tracing import trace
 log = logging.getLogger(__name__)
 
 GOLDEN_SAMPLES = 8  # enough to notice a wrong graph or a wrong kernel; a few hundred bytes each
+SHOWN = 3  # names that an error tells of many
 RELEASES = "releases"
 """Folder of the release repository below the state folder."""
 
@@ -271,19 +273,59 @@ def load_model(config: FleetConfig) -> nn.Module:
             f"model.factory {config.model.factory} gave a {type(model).__name__}, "
             f"expected a torch.nn.Module"
         )
-    if (path := config.model.initial) is not None:
-        try:
-            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except (pickle.UnpicklingError, EOFError, OSError) as e:
-            raise ConfigError(
-                f"model.initial {path} is no state_dict of tensors alone: save it with "
-                "torch.save(model.state_dict(), path)"
-            ) from e
-        except Exception as e:
-            lines = str(e).splitlines()  # the first only says which class it was loaded into
-            what = lines[1 if len(lines) > 1 else 0].strip()
-            raise ConfigError(f"model.initial {path} does not fit the model: {what}") from e
+    if config.model.initial is not None:
+        _load_initial(model, config.model.initial, config.model.factory)
     return model
+
+
+def _load_initial(model: nn.Module, path: Path, factory: str) -> None:
+    """Give a model its initial weights; ConfigError if there are none, or they do not fit."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # of any other file, torch raises whatever its bytes lead to
+        raise _no_weights(path) from e
+    if not isinstance(state, Mapping):
+        raise _no_weights(path)
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise _no_weights(path)
+    try:
+        model.load_state_dict(state)
+    except Exception as e:
+        difference = _difference(model.state_dict(), state) or f"it fails: {e}"
+        raise ConfigError(
+            f"model.initial {path} does not fit the model: {difference}; "
+            f"expected a state_dict of {factory} with these arguments"
+        ) from e
+
+
+def _no_weights(path: Path) -> ConfigError:
+    return ConfigError(
+        f"model.initial {path} is no state_dict of tensors alone: save it with "
+        "torch.save(model.state_dict(), path)"
+    )
+
+
+def _difference(wanted: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> str:
+    """How a state_dict differs from a model's own, in a few words; "" if in no name or shape."""
+    shapes = [
+        f"{name} {tuple(got[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in got and got[name].shape != value.shape
+    ]
+    parts = []
+    if lacking := [name for name in wanted if name not in got]:
+        parts.append(f"lacks {_first(lacking)}")
+    if others := [name for name in got if name not in wanted]:
+        parts.append(f"has {_first(others)} besides")
+    if shapes:
+        parts.append(f"has {_first(shapes)}")
+    return f"it {', and '.join(parts)}" if parts else ""
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first few of some names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _check_continues(snapshot: Snapshot | None, params: Tensors, config: FleetConfig) -> None:
@@ -326,9 +368,9 @@ def _test_set(config: FleetConfig) -> TestSet | None:
     if path is None:
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             x, y = file["x"].astype(np.float32), file["y"].astype(np.int64)
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise ConfigError(f"data.test {path}: expected an .npz with x and y: {e}") from e
     if x.shape[1:] != config.model.input_shape or y.shape != x.shape[:1] or not x.size:
         raise ConfigError(

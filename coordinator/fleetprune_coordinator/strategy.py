@@ -25,6 +25,10 @@ from fleetprune_coordinator.rounds import Rounds
 log = logging.getLogger(__name__)
 
 
+def _warn(node: int, error: str) -> None:
+    log.warning("no answer from node %d: %s", node, error)
+
+
 class NestedStrategy(Strategy):
     """Per-class submodels out, coverage-weighted updates in, masks by importance."""
 
@@ -33,6 +37,8 @@ class NestedStrategy(Strategy):
         rounds: Rounds,
         on_round: Callable[[dict[str, Any]], None] = lambda metrics: None,
         ready: Callable[[], None] = lambda: None,
+        *,
+        unanswered: Callable[[int, str], None] = _warn,
     ) -> None:
         """Wrap rounds that have been started.
 
@@ -40,7 +46,9 @@ class NestedStrategy(Strategy):
             rounds: What to run.
             on_round: Told of every closed round's metrics.
             ready: Called before a round is planned; returns when there are devices to ask.
+            unanswered: Told of every node that could not do its task, and why.
         """
+        self._unanswered = unanswered
         self._ready = ready
         self._rounds = rounds
         self._on_round = on_round
@@ -60,7 +68,7 @@ class NestedStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Take in answers as the grid yields them, one in memory at a time."""
-        metrics = self._rounds.finish(_answers(replies))
+        metrics = self._rounds.finish(self._answers(replies))
         if not metrics:
             return None, None
         self._on_round(metrics)
@@ -86,13 +94,12 @@ class NestedStrategy(Strategy):
         """Log what is left to do."""
         log.info("%d rounds to go", len(self._rounds.remaining()))
 
-
-def _answers(replies: Iterable[Message]) -> Iterator[bytes]:
-    for reply in replies:
-        if reply.has_error():
-            log.warning("no answer from node %d: %s", reply.metadata.src_node_id, reply.error)
-        else:
-            yield read_result(reply)
+    def _answers(self, replies: Iterable[Message]) -> Iterator[bytes]:
+        for reply in replies:
+            if reply.has_error():
+                self._unanswered(reply.metadata.src_node_id, str(reply.error))
+            else:
+                yield read_result(reply)
 
 
 def server_app(strategy: NestedStrategy, rounds: Rounds, timeout_s: float) -> ServerApp:

@@ -4,7 +4,10 @@ Samples are stored once, whatever the number of devices: a device is a list of p
 its samples are read when it has something to do.
 """
 
-from collections.abc import Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -67,16 +70,22 @@ class Fleet:
         arrays |= _pack("train", [m.train for m in members])
         arrays |= _pack("test", [m.test for m in members])
         arrays |= _pack("own", [part for _, part in owned])
-        part = folder / "devices.part.npz"
-        np.savez(part, **arrays)
-        part.replace(folder / DEVICES)  # last: says that all the rest is whole
+        save_whole(folder / DEVICES, arrays)  # last: says that all the rest is whole
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """What `save` wrote; samples stay on disk until they are looked at."""
+        """What `save` wrote; samples stay on disk until they are looked at.
+
+        Raises:
+            ConfigError: A file is missing or damaged.
+        """
         # Plain views of the mapped files: a `memmap` takes far longer to index a few samples.
-        arrays = {n: np.asarray(np.load(folder / f"{n}.npy", mmap_mode="r")) for n in _ARRAYS}
-        with np.load(folder / DEVICES, allow_pickle=False) as file:
+        arrays: dict[str, Any] = {}
+        for name in _ARRAYS:
+            with _reading(path := folder / f"{name}.npy"):
+                arrays[name] = np.asarray(np.load(path, mmap_mode="r"))
+        path = folder / DEVICES
+        with _reading(path), path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             names, classes = file["names"].tolist(), file["classes"].tolist()
             parts = zip(names, classes, _unpack(file, "train"), _unpack(file, "test"), strict=True)
             own: dict[str, list[Indices]] = {}
@@ -85,6 +94,23 @@ class Fleet:
             labels = tuple(file["labels"].tolist())
             members = {name: Member(name, c, train, test) for name, c, train, test in parts}
         return cls(**arrays, labels=labels, members=members, own_tests=own)
+
+
+def save_whole(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write an .npz in one step: a kill leaves all of it or nothing."""
+    part = path.with_suffix(".part.npz")
+    np.savez(part, **arrays)
+    part.replace(path)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        raise ConfigError(
+            f"{path} cannot be read ({e}): remove {path.parent}, and --resume makes it anew"
+        ) from e
 
 
 def _pack(name: str, parts: Sequence[Indices]) -> dict[str, NDArray[np.intp]]:

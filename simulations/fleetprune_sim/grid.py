@@ -26,6 +26,7 @@ from fleetprune_sim.engines import Engine
 from fleetprune_sim.history import GraphRow, History, RoundRow
 from fleetprune_sim.memories import Memories
 from fleetprune_sim.station import Done, Job
+from fleetprune_sim.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,11 @@ class SimulatedGrid(TaskGrid):
         self._engine, self._clock, self._rule = engine, clock, rule
         self._work, self._graph_bytes = work, graph_bytes
         self._history, self._memories = history, memories
+        self.last: Tally | None = None
+        """Of the round before this moment; None while one is in progress, or was broken off."""
+        self.asked = self.failed = 0
+        self.first_failure = ""
+        """Whose, when and why."""
         self._has = {
             (r.device, r.sha256): (r.number, r.phase, r.step) for r in history.read(GraphRow)
         }
@@ -111,6 +117,7 @@ class SimulatedGrid(TaskGrid):
         `timeout` is real time and ignored; the fleet's own is in the rule.
         """
         started = time.perf_counter()
+        self.last = None
         asked = [(m, *read_instruction(m)) for m in messages]
         for message, task, _ in asked:
             self._check_node(task.device, message)
@@ -134,12 +141,13 @@ class SimulatedGrid(TaskGrid):
         for outcome, in_time in zip(outcomes, closing.in_time, strict=True):
             task, done = outcome.task, outcome.done
             if done.frame is None:
-                log.warning("device %s failed in task %s: %s", task.device, task.task, done.reason)
+                log.debug("device %s failed in task %s: %s", task.device, task.task, done.reason)
                 yield error_reply(outcome.to, done.reason)
             elif in_time:
                 yield result_reply(outcome.to, done.frame)
         # Before the round is closed in the registry: a run killed in between tells it again.
         self._note(outcomes, closing, time.perf_counter() - started)
+        self._count(outcomes, closing)
 
     def _down(self, job: Job, task: Task) -> int:
         """Bytes that reach the device: task, model, and graphs that it does not have yet."""
@@ -185,6 +193,24 @@ class SimulatedGrid(TaskGrid):
                 wall_s=wall_s,
             )
             for name, ended in by_class.items()
+        )
+
+    def _count(self, outcomes: list[_Outcome], closing: Closing) -> None:
+        failed = [o for o in outcomes if o.done.frame is None]
+        sent = [in_time for o, in_time in zip(outcomes, closing.in_time, strict=True) if o.sent]
+        self.asked += len(outcomes)
+        self.failed += len(failed)
+        number = outcomes[0].task.round
+        if failed and not self.first_failure:
+            first = failed[0]
+            self.first_failure = f"of {first.task.device} in round {number}: {first.done.reason}"
+        self.last = Tally(
+            number,
+            answers=sum(sent),
+            failed=len(failed),
+            late=len(sent) - sum(sent),
+            silent=len(outcomes) - len(failed) - len(sent),
+            reason=failed[0].done.reason if failed else "",
         )
 
 

@@ -1,5 +1,6 @@
 """What happened in a simulated training, round by round: one SQLite file per run."""
 
+import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -7,6 +8,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from sqlite_utils import Database
+
+from fleetprune.errors import ConfigError
 
 FILE = "history.db"
 """Name of the file in a run's folder."""
@@ -82,14 +85,28 @@ _TABLES: dict[type[Any], tuple[str, tuple[str, ...]]] = {
 }
 
 
+def open_database(path: Path) -> Database:
+    """One of a run's databases, which is made where it is missing.
+
+    Raises:
+        ConfigError: The file is damaged.
+    """
+    database = Database(path)
+    try:
+        database.enable_wal()
+        database.execute("PRAGMA synchronous = OFF")  # to outlive this process is enough
+    except sqlite3.Error as e:
+        database.close()
+        raise ConfigError(f"{path} cannot be read ({e}): give this run another --out") from e
+    return database
+
+
 class History:
     """Rows by kind; writing one again replaces it, so that a round may be told twice."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file, or make it."""
-        self._db = Database(path)
-        self._db.enable_wal()
-        self._db.execute("PRAGMA synchronous = OFF")  # to outlive this process is enough
+        """Open the file, or make it; ConfigError if it is damaged."""
+        self._db = open_database(path)
         for kind, (table, key) in _TABLES.items():
             columns: dict[str, Any] = {f.name: f.type for f in fields(kind)}
             self._db.table(table).create(columns, pk=key, if_not_exists=True)

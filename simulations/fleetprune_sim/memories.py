@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from sqlite_utils import Database
+from fleetprune_sim.history import open_database
 
 FILE = "devices.db"
 """Name of the file in a run's folder."""
@@ -18,10 +18,8 @@ class Memories:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open the file, or make it."""
-        self._db = Database(path)
-        self._db.enable_wal()
-        self._db.execute("PRAGMA synchronous = OFF")  # to outlive this process is enough
+        """Open the file, or make it; ConfigError if it is damaged."""
+        self._db = open_database(path)
         columns = {"device": str, "frame": bytes}
         self._db.table("memories").create(columns, pk="device", if_not_exists=True)
 

@@ -1,6 +1,7 @@
 """One simulated training: a folder that holds all of it, and can be taken up at any time."""
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ from typing import Any, Literal, Self, cast
 import numpy as np
 import torch
 
+from fleetprune.errors import TransportError
 from fleetprune.messages import Enrol, GraphRef, Task, TaskKind
 from fleetprune_agent.runtime import probe_block
 from fleetprune_coordinator.config import FleetConfig
@@ -19,12 +21,13 @@ from fleetprune_coordinator.coordinator import RELEASES, Coordinator
 from fleetprune_coordinator.events import EventLog
 from fleetprune_coordinator.keys import init_repository
 from fleetprune_coordinator.records import Phase
+from fleetprune_coordinator.rounds import TRIES
 from fleetprune_coordinator.strategy import NestedStrategy, run_app, server_app
 from fleetprune_sim import memories
 from fleetprune_sim.clock import TRAINING, Clock
 from fleetprune_sim.engines import Engine, make_engine
 from fleetprune_sim.evaluate import class_model, recalibrated, score
-from fleetprune_sim.fleet import DEVICES, FOLDER, Fleet, build_fleet
+from fleetprune_sim.fleet import DEVICES, FOLDER, Fleet, build_fleet, save_whole
 from fleetprune_sim.grid import Rule, SimulatedGrid
 from fleetprune_sim.history import FILE, DeviceRow, EvaluationRow, History
 from fleetprune_sim.memories import Memories
@@ -33,6 +36,8 @@ from fleetprune_sim.settings import SimulationConfig, simulation_of
 from fleetprune_sim.station import STATE, graph_path
 from fleetprune_sim.summary import Ended
 from fleetprune_sim.wanted import Wanted
+
+log = logging.getLogger(__name__)
 
 FLEET_FILE = "fleet.json"
 SECONDS_PER_DAY = 86_400
@@ -136,7 +141,7 @@ class Simulation:
         """What the coordinator runs: the method's models on the fleet's task."""
         test = self.folder / FOLDER / "test.npz"
         if not test.exists():
-            np.savez(test, x=self.fleet.x_test, y=self.fleet.y_test)
+            save_whole(test, {"x": self.fleet.x_test, "y": self.fleet.y_test})
         config = self.plan.config
         update = {
             "state": self.folder / STATE,
@@ -170,7 +175,11 @@ class Simulation:
     # ---- training
 
     def train(self) -> None:
-        """Do the rounds that are left."""
+        """Do the rounds that are left.
+
+        Raises:
+            TransportError: No device trains, or a process of the engine was killed.
+        """
         coordinator, training = self.coordinator, self.plan.config.training
         devices = coordinator.registry.devices()
         grid = SimulatedGrid(
@@ -186,8 +195,30 @@ class Simulation:
         )
         self._catch_up()
         self._judge_start()
-        strategy = NestedStrategy(coordinator.rounds, self._closed, self._set_present)
-        run_app(server_app(strategy, coordinator.rounds, SECONDS_PER_DAY), grid)
+        strategy = NestedStrategy(
+            coordinator.rounds,
+            self._closed,
+            self._set_present,
+            unanswered=lambda node, error: None,  # the grid counts them
+        )
+        try:
+            run_app(server_app(strategy, coordinator.rounds, SECONDS_PER_DAY), grid)
+        except TransportError as e:
+            if grid.last is None:
+                raise
+            raise TransportError(
+                f"round {grid.last.number}: no device has trained in {TRIES} tries; "
+                f"{grid.last.why_nobody_trained()}"
+            ) from e
+        if grid.failed:
+            log.warning(
+                "%s seed %d: %d of %d tasks failed, first that %s",
+                self.wanted.method,
+                training.seed,
+                grid.failed,
+                grid.asked,
+                grid.first_failure,
+            )
 
     def _set_present(self) -> None:
         """Say who is online in the round that is planned next."""

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,13 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from fleetprune.errors import ConfigError, FleetpruneError
+from fleetprune.errors import ConfigError, DataError, FleetpruneError
+from fleetprune.exits import say
 from fleetprune_sim.assemble import changes_of, parse_changes, parse_seeds
 from fleetprune_sim.engines import ENGINES, check_engine
 from fleetprune_sim.methods import METHODS, find_method
 from fleetprune_sim.report.page import write_report
-from fleetprune_sim.report.runs import read_run
+from fleetprune_sim.report.runs import Run, read_run
 from fleetprune_sim.study import Order, Progress, Tell, carry_out_all
+from fleetprune_sim.summary import SUMMARY
+from fleetprune_sim.wanted import check_for_one, check_for_several, place, runs_in
 
 REPORT = "report.html"
 """Name of the report in the folder of the run, or of all runs."""
@@ -98,7 +101,7 @@ def simulate(
     single = len(methods) * len(seeds) == 1
     orders = [
         Order(
-            folder=out if single else out / name / f"seed-{number}",
+            folder=out if single else out / place(name, number),
             fleet=fleet,
             task=task,
             method=name,
@@ -113,16 +116,45 @@ def simulate(
         for number in seeds
         for name in methods
     ]
+    if single:
+        check_for_one(out, place(methods[0], seeds[0]))
+    else:
+        check_for_several(out)
     console = Console(stderr=True)
     summaries = _carry_out(orders, jobs, console)
     report = out / REPORT
     runs = [read_run(order.folder) for order in orders]
-    write_report(report, runs, f"{summaries[0]['task']}: {', '.join(methods)}")
+    if not single:
+        runs += _others(out, {order.folder for order in orders})
+    write_report(report, runs, _title(runs))
     if as_json:
         typer.echo(json.dumps(summaries[0] if single else summaries, indent=2))
     else:
         _tables(summaries, Console())
         Console().print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _others(out: Path, done: Set[Path]) -> list[Run]:
+    """Finished runs in the folder of several that are not among those just done."""
+    found: list[Run] = []
+    for folder in runs_in(out):
+        if folder in done or not (folder / SUMMARY).exists():
+            continue
+        try:
+            run = read_run(folder)
+        except DataError as e:
+            say(f"{e}: left out of the report")
+            continue
+        if folder == out / place(run.summary.method, run.summary.seed):  # else a copy
+            found.append(run)
+    return found
+
+
+def _title(runs: Sequence[Run]) -> str:
+    """Of a report: every task and every method once."""
+    tasks = dict.fromkeys(run.summary.task for run in runs)
+    methods = dict.fromkeys(run.summary.method for run in runs)
+    return f"{', '.join(tasks)}: {', '.join(methods)}"
 
 
 def _carry_out(orders: Sequence[Order], jobs: int, console: Console) -> list[dict[str, Any]]:
@@ -168,7 +200,8 @@ def _teller(bars: Bars, orders: Sequence[Order], console: Console) -> Tell:
         bars.update(rows[news.folder], completed=news.done, total=news.total, note=news.note)
         if not console.is_terminal and news.note != said.get(news.folder):
             said[news.folder] = news.note
-            line = f"{titles[news.folder]}: {news.done} of {news.total}, {news.note}"
+            note = f", {news.note}" if news.note else ""
+            line = f"{titles[news.folder]}: {news.done} of {news.total}{note}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     return tell

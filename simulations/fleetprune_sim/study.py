@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fleetprune.errors import FleetpruneError
+from fleetprune.errors import ConfigError, FleetpruneError
 from fleetprune_sim.assemble import assemble
 from fleetprune_sim.run import Simulation
 from fleetprune_sim.summary import SUMMARY
@@ -83,8 +83,7 @@ def carry_out(order: Order, tell: Tell) -> dict[str, Any]:
     )
     fresh = claim(order.folder, wanted, resume=order.resume)
     if finished.exists():
-        summary: dict[str, Any] = json.loads(finished.read_text())
-        return summary
+        return _summary(finished)
     training = wanted.config.training
     total = training.rounds + training.calibration_passes
     last: dict[str, float] = {}
@@ -100,6 +99,21 @@ def carry_out(order: Order, tell: Tell) -> dict[str, Any]:
         simulation.train()
         summary = simulation.finish()
     tell(Progress(order.folder, total, total, "done"))
+    return summary
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """What a finished run has come to.
+
+    Raises:
+        ConfigError: The file is damaged.
+    """
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise ConfigError(
+            f"{path} cannot be read ({e}): remove it, and --resume makes it anew"
+        ) from e
     return summary
 
 

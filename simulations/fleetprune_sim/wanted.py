@@ -13,6 +13,7 @@ from fleetprune_coordinator.config import FleetConfig
 from fleetprune_sim.data.corpus import Corpus
 
 RUN = "run.json"
+SHOWN = 3  # runs that an error names of many
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,58 @@ class Wanted:
     """of the fleet as it is, whatever the method makes of it"""
     engine: str = "loop"
     workers: int = 1
+
+
+def place(method: str, seed: int) -> Path:
+    """Where a run is in the folder of several."""
+    return Path(method) / f"seed-{seed}"
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """Folders of the runs, begun or finished, that are in the folder of several."""
+    return sorted(path.parent for path in folder.glob(f"*/seed-*/{RUN}"))
+
+
+def check_for_one(folder: Path, among: Path) -> None:
+    """Refuse the folder of several runs for a single one.
+
+    Args:
+        folder: Where the run is to be.
+        among: `place` of the run, if it were one of several.
+
+    Raises:
+        ConfigError: There are runs in sub-folders.
+    """
+    if (folder / RUN).exists() or not (there := runs_in(folder)):
+        return
+    names = [path.relative_to(folder).as_posix() for path in there]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    raise ConfigError(
+        f"{folder} holds several runs, each in a folder of its own "
+        f"({', '.join(names[:SHOWN])}{more}): add this one with --out {folder / among}, "
+        "or give it another"
+    )
+
+
+def check_for_several(folder: Path) -> None:
+    """Refuse the folder of a single run for several; ConfigError if it is one."""
+    if not (folder / RUN).exists():
+        return
+    there = _read(folder / RUN)
+    seed = _flat(there).get("config.training.seed")
+    raise ConfigError(
+        f"{folder} holds a single run (method {there.get('method')}, seed {seed}): "
+        "give several runs another --out"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The description of a run; ConfigError if it is damaged."""
+    try:
+        there: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{path} cannot be read ({e}): give this one another --out") from e
+    return there
 
 
 def claim(folder: Path, wanted: Wanted, *, resume: bool) -> bool:
@@ -48,10 +101,7 @@ def claim(folder: Path, wanted: Wanted, *, resume: bool) -> bool:
     }
     path = folder / RUN
     if path.exists():
-        try:
-            there = json.loads(path.read_text())
-        except (OSError, ValueError) as e:
-            raise ConfigError(f"{path} cannot be read ({e}): give this one another --out") from e
+        there = _read(path)
         if there != mine:
             raise ConfigError(
                 f"{folder} holds another run ({_difference(there, mine)}): "

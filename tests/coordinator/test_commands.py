@@ -160,16 +160,55 @@ def test_a_test_set_that_does_not_fit(config, x, y, message):
     assert refused(config).startswith(f"data.test {path}: {message}")
 
 
-def test_initial_weights_that_do_not_fit(config):
+def test_a_test_set_that_is_damaged(config):
+    call("init", config=config)
+    path = config.parent / "test.npz"
+    np.savez(path, x=np.zeros((4, 5)), y=np.zeros(4, int))
+    path.write_bytes(path.read_bytes()[:200])
+    change(config, "[classes.hub]", '[data]\ntest = "test.npz"\n\n[classes.hub]')
+    assert refused(config).startswith(f"data.test {path}: expected an .npz with x and y: ")
+
+
+@pytest.mark.parametrize("content", ["x", "not a model\n", "a list of things\n\n", ""])
+def test_initial_weights_that_are_none(config, content):
     call("init", config=config)
     path = config.parent / "start.pt"
     change(config, "classes = 3", 'classes = 3\ninitial = "start.pt"')
-    path.write_text("x")
-    assert refused(config) == (
+    path.write_text(content)
+    told = (
         f"model.initial {path} is no state_dict of tensors alone: save it with "
         "torch.save(model.state_dict(), path)"
     )
-    torch.save(nn.Linear(2, 2).state_dict(), path)
-    assert refused(config).startswith(
-        f"model.initial {path} does not fit the model: Missing key(s) in state_dict: "
+    assert refused(config) == told
+    torch.save({"epoch": 3, "model": nn.Linear(2, 2).state_dict()}, path)
+    assert refused(config) == told
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (
+            nn.Linear(2, 2),
+            "it lacks 0.weight, 0.bias, 1.weight and 6 more, and has weight, bias besides",
+        ),
+        (
+            nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)),
+            "it has 0.weight (8, 5) instead of (16, 5), 0.bias (8,) instead of (16,), "
+            "1.weight (8,) instead of (16,) and 4 more",
+        ),
+        (
+            nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.ReLU(), nn.Linear(16, 3)),
+            "it lacks 1.weight, 1.bias, 1.running_mean and 2 more",
+        ),
+    ],
+    ids=["other", "narrower", "without norm"],
+)
+def test_initial_weights_that_do_not_fit(config, other, difference):
+    call("init", config=config)
+    path = config.parent / "start.pt"
+    change(config, "classes = 3", 'classes = 3\ninitial = "start.pt"')
+    torch.save(other.state_dict(), path)
+    assert refused(config) == (
+        f"model.initial {path} does not fit the model: {difference}; expected a state_dict of "
+        "told_nets:mlp with these arguments"
     )

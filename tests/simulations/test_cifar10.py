@@ -114,7 +114,15 @@ def test_other_sizes_and_modes_are_converted(data, tmp_path):
 
 def test_missing_images_say_where_to_get_them(tmp_path):
     for environment, start in (
-        ({}, f"CIFAR-10 is not here, {VARIABLE} is not set: download cifar-10-python.tar.gz"),
+        (
+            {},
+            f"CIFAR-10 is looked for in the folder that {VARIABLE} names, which is not set: "
+            "download cifar-10-python.tar.gz",
+        ),
+        (
+            {VARIABLE: str(tmp_path / "no")},
+            f"{tmp_path / 'no'}, which {VARIABLE} names, does not exist: download ",
+        ),
         (
             {VARIABLE: str(tmp_path)},
             f"{tmp_path} has none of cifar-10-batches-py, cifar-10-batches-bin, cifar-10, "
@@ -245,7 +253,10 @@ def test_image_folders_that_do_not_fit(data, tmp_path):
         f"{folder / 'cat'} has no images, expected files .png, .jpg, .jpeg, .bmp"
     )
     (folder / "train").mkdir()
-    assert refused(tmp_path) == f"{folder} has a folder train but no folder test"
+    assert refused(tmp_path) == (
+        f"{folder} has a folder train but no folder test: put the test images into "
+        f"{folder}/test/airplane and so on, or all images into {folder}/airplane and so on"
+    )
 
 
 def test_a_picture_that_is_cut_short_is_named(data, tmp_path):

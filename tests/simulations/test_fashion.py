@@ -100,6 +100,10 @@ def test_missing_images_say_where_to_get_them(tmp_path):
     for environment, looked in (
         ({}, f"{system}"),
         ({VARIABLE: str(tmp_path)}, f"{tmp_path}, {tmp_path / 'fashion-mnist'}, {system}"),
+        (
+            {VARIABLE: str(tmp_path / "no")},
+            f"{system}; {tmp_path / 'no'}, which {VARIABLE} names, does not exist",
+        ),
     ):
         with pytest.raises(DataError) as caught:
             fashion.find(environment)

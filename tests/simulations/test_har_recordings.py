@@ -94,12 +94,19 @@ def test_too_short_a_recording_has_no_windows():
 
 def test_missing_data_says_where_to_get_it(tmp_path):
     for environment, start in (
-        ({}, "the activity recordings are not here, FLEETPRUNE_DATA is not set: "),
+        (
+            {},
+            "the activity recordings are looked for in the folder that FLEETPRUNE_DATA names, "
+            "which is not set: ",
+        ),
         (
             {VARIABLE: str(tmp_path)},
             f"{tmp_path} has neither {har.ARCHIVE} nor its unpacked",
         ),
-        ({VARIABLE: str(tmp_path / "no")}, f"{tmp_path / 'no'} has neither"),
+        (
+            {VARIABLE: str(tmp_path / "no")},
+            f"{tmp_path / 'no'}, which FLEETPRUNE_DATA names, does not exist: download ",
+        ),
     ):
         with pytest.raises(DataError) as caught:
             har.find(environment)

@@ -52,10 +52,24 @@ def test_a_network_cut_in_any_group_equals_one_with_the_units_zeroed(name):
                 tensors[spec.name].copy_(whole[spec.name])
 
 
-def test_all_three_graphs_of_a_cut_network_can_be_made():
+SMALL = {
+    "mlp": (12,),
+    "digits_cnn": (1, 8, 8),
+    "cnn1d": (6, 32),
+    "ds_cnn": (1, 16, 16),
+    "resnet8": (1, 16, 16),
+    "mobilenet_v2": (2, 16, 16),
+    "efficientnet_lite0": (1, 16, 16),
+}
+"""Inputs that keep the networks of `MODELS` quick."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_three_graphs_of_a_cut_network_can_be_made(name):
     """They are held against torch as they are made; dense networks' are made elsewhere."""
     torch.manual_seed(0)
-    model, x = models.efficientnet_lite0(0.1, channels=1), torch.randn(4, 1, 16, 16)
+    make, _ = MODELS[name]
+    model, x = make(), torch.randn(4, *SMALL[name])
     architecture = trace(model, x[:1])
     keep = {group: max(1, units // 3) for group, units in architecture.groups.items()}
     small = resize(model, architecture, keep)
@@ -65,7 +79,10 @@ def test_all_three_graphs_of_a_cut_network_can_be_made():
     infer = export_infer(small, x[:1])
     count = parameters(architecture, keep)
     assert train.meta.parameters == observe.meta.parameters == count
+    assert count < parameters(architecture, architecture.dense)
     assert 4 * count * 0.9 < len(infer.onnx) < 4 * count + 200 * len(weights)
+    for graph in (train, observe, infer):
+        assert graph.meta.verification.expected
 
 
 def test_efficientnet_lite0_is_the_published_one():

@@ -1,20 +1,32 @@
 """`fleetprune simulate` as its users call it: whole runs, kills, and what it refuses."""
 
 import json
+import logging
 import os
+import re
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from fleetprune.errors import BudgetError, ConfigError, DataError
+from fleetprune.errors import (
+    BudgetError,
+    ConfigError,
+    DataError,
+    FleetpruneError,
+    TransportError,
+)
 from fleetprune_sim.assemble import changes_of, parse_changes
 from fleetprune_sim.history import DeviceRow, EvaluationRow, History, RoundRow
+from fleetprune_sim.station import Done, Station
 from fleetprune_sim.study import Order, carry_out, carry_out_all
 
 ROOT = Path(__file__).parents[2]
@@ -145,6 +157,42 @@ def test_several_methods_and_seeds_have_a_folder_each(tmp_path):
         assert json.loads(place.read_text()) == found
 
 
+@pytest.mark.parametrize(
+    ("changes", "late"),
+    [
+        # A multiply-accumulate a millisecond: whatever they do, it is not done in a second.
+        ({"training.round_timeout_s": 1.0, "simulation.classes.small.macs_per_s": 1e3}, "small"),
+        ({"training.quorum": 0.5}, None),
+    ],
+    ids=["timeout", "quorum"],
+)
+def test_answers_that_come_late_are_not_used(tmp_path, whole, changes, late):
+    folder = tmp_path / "run"
+    summary = run(folder, changes=changes)
+    with History(folder / "history.db") as history:
+        rows = history.read(RoundRow)
+    assert sum(r.late for r in rows) > 0
+    assert all(r.tasks == r.answers + r.late + r.lost for r in rows)
+    train = [r for r in rows if r.phase == "train"]
+    assert sum(r.late for r in train) > 0
+    assert summary["client_rounds"] == sum(r.answers for r in train) < whole[1]["client_rounds"]
+    with closing(sqlite3.connect(folder / "state" / "registry.db")) as db:
+        closed = db.execute("SELECT metrics FROM rounds WHERE phase = 'train'").fetchall()
+    # What the coordinator itself counts as trained.
+    assert sum(json.loads(metrics)["trained"] for (metrics,) in closed) == summary["client_rounds"]
+    for row in rows:
+        if late is None:
+            wanted = -(-sum(r.tasks for r in rows if _same_round(r, row)) // 2)
+            assert sum(r.answers for r in rows if _same_round(r, row)) <= wanted
+        else:
+            assert row.virtual_s <= 1.0
+            assert (row.answers == 0) == (row.device_class == late)
+
+
+def _same_round(a: RoundRow, b: RoundRow) -> bool:
+    return (a.phase, a.number, a.step) == (b.phase, b.number, b.step)
+
+
 def test_methods_serve_classes_as_they_say(tmp_path):
     exclude = run(tmp_path / "exclude", "exclude", changes={"training.rounds": 1})
     assert exclude["classes"]["small"]["artifact"] is None
@@ -166,8 +214,9 @@ def test_a_trained_model_is_scored_before_it_is_cut(tmp_path):
         score = [r for r in history.read(RoundRow) if r.phase == "score"]
         evaluated = {e.round for e in history.read(EvaluationRow)}
     assert evaluated == {0, 2}  # as it was cut, and at the end
-    # Only the class that holds the whole model knows what all of its units are worth.
-    assert [(r.number, r.device_class) for r in score] == [(0, "large")]
+    # Only the class that holds the whole model knows what all of its units are worth, and what
+    # its layers see.
+    assert [(r.number, r.step, r.device_class) for r in score] == [(0, 0, "large"), (0, 1, "large")]
     state = torch.load(tmp_path / "warm" / "warm-3-seed-0" / "dense.pt", weights_only=True)
     started = tmp_path / "from"
     again = run(
@@ -276,6 +325,58 @@ def test_what_fails_is_said_once(tmp_path):
     assert lines[0].startswith("fleetprune: class small: macs ")
 
 
+SILENT = {"simulation.classes.small.drop_out": 1.0, "simulation.classes.large.drop_out": 1.0}
+SLOW = {"simulation.classes.small.macs_per_s": 1.0, "simulation.classes.large.macs_per_s": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"training.learning_rate": 1e9},
+            r"the 4 tasks of the last one, 4 failed \(GraphError: .* is (nan|inf), expected .*\): "
+            r"where numbers are not finite, lower training\.learning_rate$",
+        ),
+        (
+            SLOW,
+            r"the \d tasks of the last one, .*\d came late.*: .*raise training\.round_timeout_s",
+        ),
+        (
+            SILENT,
+            r"the \d tasks of the last one, \d fell silent: lower simulation\.classes\.NAME\.dr",
+        ),
+    ],
+    ids=["learning rate", "slow", "silent"],
+)
+def test_a_fleet_that_does_not_train_says_why_in_one_line(tmp_path, caplog, changes, message):
+    with pytest.raises(TransportError) as caught:
+        run(tmp_path / "run", changes=changes)
+    said = str(caught.value)
+    assert re.search(rf"^round 1: no device has trained in 3 tries; of {message}", said), said
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
+    with pytest.raises(ConfigError, match=r"add --resume to go on with it$"):
+        run(tmp_path / "run", changes=changes)
+
+
+def test_devices_that_fail_are_counted_and_said_once(tmp_path, caplog, monkeypatch):
+    done = Station.run
+
+    def fails(station, job):
+        return Done(None, "GraphError: no") if job.device in ("d0", "d1") else done(station, job)
+
+    monkeypatch.setattr(Station, "run", fails)
+    summary = run(tmp_path / "run")
+    assert summary["client_rounds"] > 0
+    with History(tmp_path / "run" / "history.db") as history:
+        asked = sum(r.tasks for r in history.read(RoundRow))
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert re.fullmatch(
+        rf"nested seed 0: [1-9]\d* of {asked} tasks failed, first that of d[01] in round \d+: "
+        r"GraphError: no",
+        line,
+    ), line
+
+
 @pytest.mark.parametrize("place", ["/proc/run", "file/run"])
 def test_an_out_that_cannot_be_written_is_refused(tmp_path, place):
     (tmp_path / "file").touch()
@@ -283,12 +384,62 @@ def test_an_out_that_cannot_be_written_is_refused(tmp_path, place):
         run(tmp_path / place)
 
 
-def test_a_damaged_description_of_a_run_is_refused(tmp_path):
-    (tmp_path / "run.json").touch()
-    with pytest.raises(
-        ConfigError, match=r"run\.json cannot be read .*: give this one another --out$"
-    ):
-        run(tmp_path)
+@pytest.mark.parametrize("kept", [0, 0.5, 0.99])
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("run.json", r"run\.json cannot be read \(.+\): give this one another --out$"),
+        ("summary.json", r"summary\.json cannot be read \(.+\): remove it, and --resume makes "),
+        ("fleet/x.npy", r"x\.npy cannot be read \(.+\): remove .*fleet, and --resume makes it"),
+        ("fleet/y_test.npy", r"y_test\.npy cannot be read \(.+\): remove .*fleet, and --resume "),
+        ("fleet/devices.npz", r"devices\.npz cannot be read \(.+\): remove .*fleet, and --resume"),
+        ("fleet/test.npz", r"^data\.test .*test\.npz: expected an \.npz with x and y: "),
+    ],
+)
+def test_a_damaged_description_of_a_run_is_refused(tmp_path, whole, name, advice, kept):
+    folder, summary = whole
+    damaged = shutil.copytree(folder, tmp_path / "run") / name
+    if damaged.parent.name == "fleet":
+        (tmp_path / "run" / "summary.json").unlink()
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ConfigError, match=advice) as caught:
+        run(tmp_path / "run", resume=True)
+    assert "\n" not in str(caught.value)
+    if "remove" in advice:
+        if damaged.parent.name == "fleet":
+            shutil.rmtree(damaged.parent)
+        else:
+            damaged.unlink()
+        assert lasting(run(tmp_path / "run", resume=True)) == lasting(summary)
+
+
+@pytest.mark.parametrize("name", ["history.db", "devices.db", "state/registry.db"])
+def test_a_damaged_database_of_a_run_is_refused(tmp_path, whole, name):
+    folder, _ = whole
+    copy = shutil.copytree(folder, tmp_path / "run")
+    (copy / "summary.json").unlink()
+    (copy / name).write_bytes(b"x" * 4096)
+    with pytest.raises(FleetpruneError, match=rf"{name}.*file is not a database") as caught:
+        run(copy, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_killed_while_it_writes_the_test_set_goes_on(tmp_path, whole, monkeypatch):
+    _, summary = whole
+    savez = np.savez
+
+    def killed(path, **arrays):
+        savez(path, **arrays)
+        if Path(path).name.startswith("test"):
+            Path(path).write_bytes(Path(path).read_bytes()[:100])
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run")
+    assert lasting(run(tmp_path / "run", resume=True)) == lasting(summary)
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path, whole):

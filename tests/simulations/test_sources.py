@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from fleetprune.errors import DataError
-from fleetprune_sim.data.sources import VARIABLE, data_folder, fingerprint, kept, read_errors
+from fleetprune_sim.data.sources import (
+    VARIABLE,
+    data_folder,
+    fingerprint,
+    kept,
+    read_errors,
+    required_folder,
+)
 
 
 def test_the_folder_is_the_environments(tmp_path, monkeypatch):
@@ -16,6 +23,23 @@ def test_the_folder_is_the_environments(tmp_path, monkeypatch):
     assert data_folder() == tmp_path
     assert data_folder({}) is None
     assert data_folder({VARIABLE: ""}) is None
+
+
+def test_a_folder_that_cannot_hold_data_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for environment, told in (
+        (
+            {},
+            f"the set is looked for in the folder that {VARIABLE} names, which is not set: get it",
+        ),
+        ({VARIABLE: "/no/such"}, f"/no/such, which {VARIABLE} names, does not exist: get it"),
+        ({VARIABLE: str(file)}, f"{file}, which {VARIABLE} names, is no folder: get it"),
+    ):
+        with pytest.raises(DataError) as caught:
+            required_folder("the set is", "get it", environment)
+        assert str(caught.value) == told
+    assert required_folder("the set is", "get it", {VARIABLE: str(tmp_path)}) == tmp_path
 
 
 def test_arrays_are_parsed_once(tmp_path):

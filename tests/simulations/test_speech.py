@@ -151,8 +151,20 @@ def test_a_malformed_recording_is_named(content, message):
 
 def test_missing_recordings_say_where_to_get_them(tmp_path):
     for environment, start in (
-        ({}, f"the spoken digits are not here, {VARIABLE} is not set: "),
-        ({VARIABLE: str(tmp_path)}, f"{tmp_path} has neither {speech.ARCHIVE} nor a folder rec"),
+        (
+            {},
+            f"the spoken digits are looked for in the folder that {VARIABLE} names, "
+            "which is not set: download ",
+        ),
+        (
+            {VARIABLE: str(tmp_path)},
+            f"{tmp_path} has neither {speech.ARCHIVE} nor a folder recordings, nor has a folder "
+            "free-spoken-digit-dataset* in it: download ",
+        ),
+        (
+            {VARIABLE: str(tmp_path / "no")},
+            f"{tmp_path / 'no'}, which {VARIABLE} names, does not exist: download ",
+        ),
     ):
         with pytest.raises(DataError) as caught:
             speech.find(environment)

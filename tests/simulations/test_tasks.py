@@ -14,7 +14,6 @@ from fleetprune_coordinator.config import FleetConfig
 from fleetprune_coordinator.imports import import_object
 from fleetprune_coordinator.plan import Planner
 from fleetprune_coordinator.tracing import trace
-from fleetprune_sim.fleet import build_fleet
 from fleetprune_sim.settings import simulation_of
 from fleetprune_sim.tasks import MACS_SHARES, TASKS, SimTask, find_task
 
@@ -176,21 +175,3 @@ def test_the_document_has_every_task_and_its_devices():
     rows = re.findall(r"^\| \[`(\w+)`\]\(#\w+\) \|.*\| (\d+), by [a-z ]+ \|$", DOCUMENT, re.M)
     wanted = {name: simulation_of(described(name)).devices for name in TASKS}
     assert {name: int(devices) for name, devices in rows} == wanted
-
-
-def test_the_documented_task_can_be_simulated(tmp_path, monkeypatch):
-    (example,) = re.findall(r"^```python\n# pumps\.py\n(.*?)^```", DOCUMENT, re.M | re.S)
-    (tmp_path / "documented_pumps.py").write_text(example)
-    monkeypatch.delitem(sys.modules, "documented_pumps", raising=False)
-    task = find_task("documented_pumps:pumps", tmp_path)
-    corpus = task.load(0, tmp_path)
-    model = {
-        "factory": task.model,
-        "arguments": task.arguments,
-        "input_shape": list(corpus.input_shape),
-        "labels": list(corpus.labels),
-    }
-    config = FleetConfig.model_validate({"fleet": task.name, "model": model, **task.fleet})
-    fleet = build_fleet(corpus, simulation_of(config), 0)
-    assert len(fleet.members) == 20
-    assert sum(m.train.size + m.test.size for m in fleet.members.values()) == 2000

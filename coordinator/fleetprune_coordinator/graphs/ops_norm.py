@@ -51,7 +51,8 @@ def native_batch_norm(
 ) -> list[Value | None]:
     """BatchNorm1d, 2d, 3d and InstanceNorm.
 
-    Also updates the running statistics, the variance by n / (n - 1): see `Lowering.updated`.
+    Also updates the running statistics, the variance by n / (n - 1): see `Lowering.updated`. One
+    single value has no unbiased variance: the biased one, 0, counts, as in `aggregate.moments`.
     """
     if eps is None:  # the overload without running statistics
         training, momentum, eps = running_mean, running_var, training  # type: ignore[assignment]
@@ -80,7 +81,8 @@ def native_batch_norm(
     low.memo["batch_norm", call.node] = trained
     if running_mean is not None and running_var is not None:
         one = low.scalar(1.0)
-        unbiased = low.op("Div", weights.count, low.op("Sub", weights.count, one))
+        others = low.op("Max", low.op("Sub", weights.count, one), one)
+        unbiased = low.op("Div", weights.count, others)
         low.updated[running_mean] = _moved(low, running_mean, mean, momentum)
         low.updated[running_var] = _moved(
             low, running_var, low.op("Mul", variance, unbiased), momentum

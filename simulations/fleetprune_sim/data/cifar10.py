@@ -24,10 +24,10 @@ from fleetprune_sim.data.plain_pickle import load_plain
 from fleetprune_sim.data.sources import (
     VARIABLE,
     Arrays,
-    data_folder,
     fingerprint,
     kept,
     read_errors,
+    required_folder,
 )
 
 LABELS = (
@@ -114,9 +114,7 @@ def find(environment: Mapping[str, str] | None = None) -> Source:
     Raises:
         DataError: There is none; the message says where to download it.
     """
-    folder = data_folder(environment)
-    if folder is None:
-        raise DataError(f"CIFAR-10 is not here, {VARIABLE} is not set: {WHERE}")
+    folder = required_folder("CIFAR-10 is", WHERE, environment)
     for form in (PYTHON, BINARY, IMAGES):
         if (folder / form).is_dir():
             return Source(folder / form, form)
@@ -208,7 +206,11 @@ def _read_folders(source: Source) -> Arrays:
     if not parts[0].is_dir():
         parts = [folder]
     elif not parts[1].is_dir():
-        raise DataError(f"{folder} has a folder train but no folder test")
+        first = LABELS[0]
+        raise DataError(
+            f"{folder} has a folder train but no folder test: put the test images into "
+            f"{folder}/test/{first} and so on, or all images into {folder}/{first} and so on"
+        )
     with read_errors(folder):
         files = [image_files(part, LABELS) for part in parts]
         x = read_images([path for paths, _ in files for path in paths], SIDE)

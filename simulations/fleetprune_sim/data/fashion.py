@@ -19,7 +19,7 @@ from fleetprune.errors import DataError
 from fleetprune_sim.data.corpus import Corpus
 from fleetprune_sim.data.fleet_data import Samples
 from fleetprune_sim.data.partition import hold_out
-from fleetprune_sim.data.sources import VARIABLE, data_folder, read_errors
+from fleetprune_sim.data.sources import VARIABLE, data_folder, folder_problem, read_errors
 
 LABELS = (
     "T-shirt/top",
@@ -95,7 +95,8 @@ def find(environment: Mapping[str, str] | None = None) -> tuple[Path, Path, Path
         DataError: No folder has them all; the message says where to get them.
     """
     own = data_folder(environment)
-    folders = ([own, own / "fashion-mnist"] if own is not None else []) + [SYSTEM]
+    problem = "" if own is None else folder_problem(own)
+    folders = [SYSTEM] if own is None or problem else [own, own / "fashion-mnist", SYSTEM]
     for folder in folders:
         found = [
             next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
@@ -108,7 +109,7 @@ def find(environment: Mapping[str, str] | None = None) -> tuple[Path, Path, Path
             missing = ", ".join(n for n, p in zip(FILES, found, strict=True) if p is None)
             raise DataError(f"{folder} lacks {missing} (or with .gz): {WHERE}")
     looked = ", ".join(map(str, folders))
-    raise DataError(f"Fashion-MNIST is not in {looked}: {WHERE}")
+    raise DataError(f"Fashion-MNIST is not in {looked}{problem and f'; {problem}'}: {WHERE}")
 
 
 def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:

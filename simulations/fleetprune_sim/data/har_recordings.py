@@ -20,10 +20,10 @@ from fleetprune.errors import DataError
 from fleetprune_sim.data.sources import (
     VARIABLE,
     Arrays,
-    data_folder,
     fingerprint,
     kept,
     read_errors,
+    required_folder,
 )
 
 LABELS = ("SEATED", "STANDING_UP", "WALKING", "TURNING", "SITTING_DOWN")
@@ -68,9 +68,7 @@ def find(environment: Mapping[str, str] | None = None) -> Path:
     Raises:
         DataError: It is not there; the message says where to download it.
     """
-    folder = data_folder(environment)
-    if folder is None:
-        raise DataError(f"the activity recordings are not here, {VARIABLE} is not set: {WHERE}")
+    folder = required_folder("the activity recordings are", WHERE, environment)
     for path in (folder / ARCHIVE, folder / "DATA", folder):
         if path.is_file() or (path.is_dir() and any(path.glob("**/s*_*_s[pw].csv"))):
             return path

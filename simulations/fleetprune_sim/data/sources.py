@@ -30,6 +30,35 @@ def data_folder(environment: Mapping[str, str] | None = None) -> Path | None:
     return Path(folder) if folder else None
 
 
+def required_folder(what: str, where: str, environment: Mapping[str, str] | None = None) -> Path:
+    """As `data_folder`, for a data set that is looked for in no other folder.
+
+    Args:
+        what: Subject and verb of the message: "the recordings are".
+        where: Says where the data set is to be had.
+        environment: Variables to look in; the process's own by default.
+
+    Raises:
+        DataError: `VARIABLE` names no folder, or one that does not exist.
+    """
+    folder = data_folder(environment)
+    if folder is None:
+        raise DataError(
+            f"{what} looked for in the folder that {VARIABLE} names, which is not set: {where}"
+        )
+    if problem := folder_problem(folder):
+        raise DataError(f"{problem}: {where}")
+    return folder
+
+
+def folder_problem(folder: Path) -> str:
+    """What is wrong with the folder that `VARIABLE` names; "" if it is there."""
+    if folder.is_dir():
+        return ""
+    what = "is no folder" if folder.exists() else "does not exist"
+    return f"{folder}, which {VARIABLE} names, {what}"
+
+
 @contextmanager
 def read_errors(source: Path) -> Iterator[None]:
     """Turn what a missing or damaged file raises into a one-line DataError that names it.

@@ -21,10 +21,10 @@ from fleetprune_sim.data.partition import hold_out
 from fleetprune_sim.data.sources import (
     VARIABLE,
     Arrays,
-    data_folder,
     fingerprint,
     kept,
     read_errors,
+    required_folder,
 )
 
 LABELS = tuple(str(digit) for digit in range(10))
@@ -99,16 +99,17 @@ def find(environment: Mapping[str, str] | None = None) -> Path:
     Raises:
         DataError: It is not there; the message says where to download it.
     """
-    folder = data_folder(environment)
-    if folder is None:
-        raise DataError(f"the spoken digits are not here, {VARIABLE} is not set: {WHERE}")
+    folder = required_folder("the spoken digits are", WHERE, environment)
     if (folder / ARCHIVE).is_file():
         return folder / ARCHIVE
     # GitHub's own zip unpacks to a folder with the branch in its name.
     for place in (folder, *sorted(folder.glob("free-spoken-digit-dataset*"))):
         if (place / "recordings").is_dir():
             return place / "recordings"
-    raise DataError(f"{folder} has neither {ARCHIVE} nor a folder recordings: {WHERE}")
+    raise DataError(
+        f"{folder} has neither {ARCHIVE} nor a folder recordings, nor has a folder "
+        f"free-spoken-digit-dataset* in it: {WHERE}"
+    )
 
 
 def read_wave(name: str, data: bytes) -> NDArray[np.float32]:
