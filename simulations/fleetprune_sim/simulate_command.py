@@ -18,8 +18,12 @@ from fleetprune.exits import say
 from fleetprune_sim.assemble import changes_of, parse_changes, parse_seeds
 from fleetprune_sim.engines import ENGINES, check_engine
 from fleetprune_sim.methods import METHODS, find_method
+from fleetprune_sim.report.budgets import ON_DEVICE
+from fleetprune_sim.report.comparison import compare
+from fleetprune_sim.report.console import print_comparison
 from fleetprune_sim.report.page import write_report
 from fleetprune_sim.report.runs import Run, read_run
+from fleetprune_sim.report.variants import group
 from fleetprune_sim.study import Order, Progress, Tell, carry_out_all
 from fleetprune_sim.summary import SUMMARY
 from fleetprune_sim.wanted import check_for_one, check_for_several, place, runs_in
@@ -130,8 +134,13 @@ def simulate(
     if as_json:
         typer.echo(json.dumps(summaries[0] if single else summaries, indent=2))
     else:
-        _tables(summaries, Console())
-        Console().print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
+        shown = Console()
+        if single:
+            _table(summaries[0], shown)
+        else:  # the same runs as in the report
+            for name, variants in group(runs).items():
+                print_comparison(shown, compare(name, variants))
+        shown.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _others(out: Path, done: Set[Path]) -> list[Run]:
@@ -207,22 +216,22 @@ def _teller(bars: Bars, orders: Sequence[Order], console: Console) -> Tell:
     return tell
 
 
-def _tables(summaries: Sequence[dict[str, Any]], console: Console) -> None:
-    for summary in summaries:
-        title = f"{summary['task']}, {summary['method']}, seed {summary['seed']}"
-        table = Table(title=title, title_justify="left")
-        for column in ("class", "devices", "accuracy", "own data", "MACs", "file", "budget"):
-            table.add_column(column, justify="left" if column in ("class", "budget") else "right")
-        for name, entry in summary["classes"].items():
-            table.add_row(name, *_cells(entry, summary["dense"]))
-        console.print(table)
-        traffic = summary["traffic"]
-        up = traffic["up_bytes_per_client_round"]
-        console.print(
-            f"up {up / 1e3:.1f} kB per device and round, all tasks counted; a dense float32 update "
-            f"is {traffic['dense_up_bytes_per_client_round'] / 1e3:.1f} kB",
-            highlight=False,
-        )
+def _table(summary: dict[str, Any], console: Console) -> None:
+    """What each class got out of a single run."""
+    title = f"{summary['task']}, {summary['method']}, seed {summary['seed']}"
+    table = Table(title=title, title_justify="left")
+    for column in ("class", "devices", "accuracy", "own data", "MACs", "file", "budget"):
+        table.add_column(column, justify="left" if column in ("class", "budget") else "right")
+    for name, entry in summary["classes"].items():
+        table.add_row(name, *_cells(entry, summary["dense"]))
+    console.print(table)
+    traffic = summary["traffic"]
+    up = traffic["up_bytes_per_client_round"]
+    console.print(
+        f"up {up / 1e3:.1f} kB per device and round, all tasks counted; a dense float32 update "
+        f"is {traffic['dense_up_bytes_per_client_round'] / 1e3:.1f} kB",
+        highlight=False,
+    )
 
 
 def _cells(entry: dict[str, Any], dense: dict[str, Any]) -> list[str]:
@@ -238,5 +247,15 @@ def _cells(entry: dict[str, Any], dense: dict[str, Any]) -> list[str]:
         percent(entry["own_accuracy"]),
         f"{100 * artifact['macs'] / dense['macs']:.0f} %",
         f"{artifact['bytes'] / 1e3:.0f} kB",
-        "held" if entry["within_budget"] else "[red]exceeded[/red]",
+        _verdict(entry),
     ]
+
+
+def _verdict(entry: dict[str, Any]) -> str:
+    """Whether the budget is held, as far as this machine can tell."""
+    limits = {kind for kind, limit in entry["budget"].items() if limit is not None}
+    if not entry["within_budget"]:
+        return "[red]exceeded[/red]"
+    told = "held" if limits - ON_DEVICE else ""
+    aside = "latency aside" if limits & ON_DEVICE else ""
+    return ", ".join(filter(None, (told, aside))) or "no limit"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from fleetprune.files import write_atomic
+from fleetprune_coordinator.artifacts import accuracy
 from fleetprune_coordinator.config import FleetConfig
 from fleetprune_coordinator.coordinator import RELEASES, Coordinator, Released
 from fleetprune_coordinator.records import Phase
@@ -18,6 +20,7 @@ from fleetprune_sim.evaluate import class_model, latency_ms, own_accuracy, score
 from fleetprune_sim.fleet import Fleet
 from fleetprune_sim.history import History, RoundRow
 from fleetprune_sim.methods.method import Plan
+from fleetprune_sim.robustness import Trial
 from fleetprune_sim.settings import SimulationConfig
 from fleetprune_sim.wanted import Wanted
 
@@ -40,8 +43,14 @@ class Ended:
 
     def write(self, released: Mapping[str, Released]) -> dict[str, Any]:
         """Judge what was released, once, and write the summary."""
-        judged = {name: self._judge(name, released) for name in self.wanted.config.classes}
-        summary = self._summary(released, judged)
+        trial = Trial(self.fleet.x_test, self.fleet.y_test, self.plan.config.training.seed)
+        robust = {
+            model: trial.of(partial(accuracy, released[model].artifact.onnx))
+            for model in dict.fromkeys(self.plan.serves.values())
+            if model is not None
+        }
+        judged = {name: self._judge(name, released, robust) for name in self.wanted.config.classes}
+        summary = self._summary(released, judged, self._before(trial))
         write_atomic(self.folder / SUMMARY, json.dumps(summary, indent=1).encode())
         return summary
 
@@ -65,7 +74,22 @@ class Ended:
             },
         }
 
-    def _judge(self, name: str, released: Mapping[str, Released]) -> dict[str, Any]:
+    def _before(self, trial: Trial) -> dict[str, Any] | None:
+        """The trained model that was cut, with the BatchNorm statistics that it came with."""
+        if self.plan.config.model.initial is None:
+            return None
+        network = self.coordinator.network
+        return {
+            "accuracy": score(network, self.fleet.x_test, self.fleet.y_test).accuracy,
+            "robustness": trial.of(lambda x, y: score(network, x, y).accuracy),
+        }
+
+    def _judge(
+        self,
+        name: str,
+        released: Mapping[str, Released],
+        robust: Mapping[str, Mapping[str, float]],
+    ) -> dict[str, Any]:
         config, coordinator = self.wanted.config, self.coordinator
         budget = config.classes[name].budget(coordinator.planner.dense)
         model = self.plan.serves[name]
@@ -84,6 +108,7 @@ class Ended:
             "validation_accuracy": None,
             "accuracy": None,
             "own_accuracy": None,
+            "robustness": None,
             "within_budget": False,
             "traffic": {
                 "up_bytes": sum(r.up_bytes for r in rows),
@@ -120,6 +145,7 @@ class Ended:
             "validation_accuracy": score(network, fleet.x_validation, fleet.y_validation).accuracy,
             "accuracy": release.manifest.accuracy,
             "own_accuracy": own,
+            "robustness": dict(robust[model]),
             "within_budget": not budget.violations(costs),
         }
 
@@ -127,7 +153,10 @@ class Ended:
         return [m.test for m in self.fleet.members.values() if m.device_class == name]
 
     def _summary(
-        self, released: Mapping[str, Released], judged: Mapping[str, Any]
+        self,
+        released: Mapping[str, Released],
+        judged: Mapping[str, Any],
+        before: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
         wanted, coordinator = self.wanted, self.coordinator
         training = self.plan.config.training
@@ -164,6 +193,7 @@ class Ended:
                 "macs": dense.macs,
                 "accuracy": released[uncut[0]].manifest.accuracy if uncut else None,
             },
+            "before": before,
             "traffic": {
                 "up_bytes": up,
                 "down_bytes": down,

@@ -19,6 +19,7 @@ from fleetprune_sim.report.comparison import compare
 from fleetprune_sim.report.finding import find_runs
 from fleetprune_sim.report.page import write_report
 from fleetprune_sim.report.partition_table import devices, partition
+from fleetprune_sim.report.robustness import robustness
 from fleetprune_sim.report.settings_grid import settings
 from fleetprune_sim.report.variants import group
 from tests.simulations.report_runs import GROUPS, write_fleet
@@ -249,6 +250,7 @@ def test_downloads_hold_the_exact_rows(fleet, light):
         devices(run),
         budget_table(checks(comparison)),
         settings(comparison)[0].table,
+        robustness(comparison),
     ]
     assert {f"fashion-{table.name}.csv" for table in expected} == set(files)
     for table in expected:

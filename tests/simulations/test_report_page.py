@@ -119,6 +119,7 @@ def test_headings_come_in_order(outline):
     assert [text for level, text in outline.headings if level == 2] == [
         "Result",
         "Accuracy against cost",
+        "Under corruptions",
         "Accuracy on its way",
         "The models",
         "What the training took",
@@ -128,7 +129,7 @@ def test_headings_come_in_order(outline):
 
 def test_tables_have_headings_and_captions(outline):
     tables = [a for n, a in outline.elements if n == "table"]
-    assert len(tables) == [n for n, _ in outline.elements].count("caption") == 5
+    assert len(tables) == [n for n, _ in outline.elements].count("caption") == 6
     scopes = [a.get("scope") for n, a in outline.elements if n == "th"]
     assert set(scopes) == {"col", "row", "rowgroup"}
 
@@ -165,7 +166,7 @@ def test_file_names_of_downloads_are_stable(outline):
     assert names == {
         f"fashion-{table}.csv"
         for table in ("figures", "budgets", "pareto", "accuracy", "units", "spent", "seeds",
-                      "partition", "devices", "settings")
+                      "partition", "devices", "settings", "robustness")
     }  # fmt: skip
 
 
@@ -187,7 +188,8 @@ def test_the_page_says_when_by_what_and_with_which_seeds(outline, tmp_path):
     write_report(tmp_path / "report.html", find_runs([tmp_path]).runs, "x")
     text = "".join(Outline((tmp_path / "report.html").read_text()).text)
     assert f"by fleetprune {version('fleetprune')}; runs made by 0.0.7." in text
-    assert text.count("With fewer than 3 seeds, a spread is a guess.") == 2  # on top, at the table
+    # On top, and at the two tables that have spreads.
+    assert text.count("With fewer than 3 seeds, a spread is a guess.") == 3
 
 
 def test_the_best_rows_have_signs_and_not_only_colours(outline):

@@ -40,9 +40,12 @@ def keys(value: dict, place: str = "") -> Iterator[tuple[str, str]]:
             yield from keys(inner, below)
 
 
-@pytest.mark.parametrize("method", ["nested", "feddst", "exclude"])
-def test_every_key_of_a_real_summary_is_documented(tmp_path, method):
-    order = Order(tmp_path / "run", None, TASK, method, seed=0, changes={"training.rounds": 1})
+@pytest.mark.parametrize(
+    ("method", "warm"), [("nested", 0), ("nested", 1), ("feddst", 0), ("exclude", 0)]
+)
+def test_every_key_of_a_real_summary_is_documented(tmp_path, method, warm):
+    once = {"training.rounds": 1}
+    order = Order(tmp_path / "run", None, TASK, method, seed=0, changes=once, warm_rounds=warm)
     summary = carry_out(order, lambda news: None)
     known = documented()
     known[""].add("classes")  # `classes.NAME` is in it

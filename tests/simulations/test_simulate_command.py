@@ -120,3 +120,40 @@ def test_progress_elsewhere_is_lines(tmp_path):
     accuracies = r"nested seed 0: [23] of 4, large \d+\.\d small \d+\.\d"
     assert [line for line in others if not re.fullmatch(accuracies, line)] == []
     assert others
+
+
+def shown(out: Path, method: str, seed: str, *more: str) -> list[str]:
+    """Lines on standard output, their words one blank apart."""
+    options = ["--task", TASK, "--method", method, "--seed", seed, "--rounds", "1", *more]
+    done = CliRunner().invoke(app, ["--out", str(out), *options])
+    assert done.exception is None
+    return [" ".join(line.split()) for line in done.stdout.splitlines() if line.strip()]
+
+
+def test_several_runs_are_one_table_of_means_over_seeds(tmp_path, study):
+    lines = shown(shutil.copytree(study, tmp_path / "study"), "nested,small", "1")
+    assert " ".join(lines).startswith(
+        "tiny Means ± sample standard deviations over 2 seeds. With fewer than 3 seeds, a spread "
+        "is a guess. method n accuracy % "
+    )
+    assert [line.split()[0] for line in lines].count("method") == 1
+    # Two classes and their mean; seed 0 was there already.
+    rows = [line for line in lines if re.match(r"(nested|small) 2 \d+\.\d ± \d+\.\d", line)]
+    assert len(rows) == 6
+    assert not any("seed 0" in line for line in lines)
+    assert lines[-1] == f"report: {tmp_path / 'study' / 'report.html'}"
+
+
+@pytest.mark.parametrize(
+    ("options", "large", "small"),
+    [
+        ([], "no limit", "held"),
+        (["--set", "classes.large.latency_ms=1", "--set", "classes.small.latency_ms=1"],
+         "latency aside", "held, latency aside"),
+    ],
+)  # fmt: skip
+def test_a_limit_on_latency_is_not_said_to_be_held(tmp_path, options, large, small):
+    lines = shown(tmp_path / "run", "nested", "0", *options)
+    found = {cells[1]: cells[-2] for line in lines if len(cells := line.split("│")) > 3}
+    verdicts = {name.strip(): verdict.strip() for name, verdict in found.items()}
+    assert verdicts == {"large": large, "small": small}

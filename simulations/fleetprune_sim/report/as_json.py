@@ -6,6 +6,7 @@ from typing import Any
 
 from fleetprune_sim.report.comparison import Cell, Comparison, Row
 from fleetprune_sim.report.figures import Spread
+from fleetprune_sim.report.robustness import Stand, before_cut, of_class
 from fleetprune_sim.report.table import rounded
 from fleetprune_sim.report.variants import fleet_differences
 
@@ -43,6 +44,7 @@ def _variant(comparison: Comparison, row: Row) -> dict[str, Any]:
         "seeds": list(row.variant.seeds),
         "virtual_s": _spread(row.virtual_s),
         "up_factor": _spread(row.up_factor),
+        "before": _before(row),
         "mean_over_classes": {
             "classes": row.served,
             "accuracy": _spread(row.mean("accuracy")),
@@ -64,6 +66,27 @@ def _class(comparison: Comparison, row: Row, name: str, cell: Cell) -> dict[str,
         "runs_within_budget": cell.kept,
         "seconds_to_target": _spread(cell.seconds_to(comparison.targets[name])),
         "delta": _spread(comparison.delta(row, name)),
+        "robustness": _stand(of_class(cell)),
+    }
+
+
+def _before(row: Row) -> dict[str, Any] | None:
+    """The trained models that were cut."""
+    befores = [run.summary.before for run in row.variant.runs]
+    accuracy = Spread.of(b.accuracy for b in befores if b is not None)
+    if accuracy is None:
+        return None
+    return {"accuracy": _spread(accuracy), "robustness": _stand(before_cut(row))}
+
+
+def _stand(stand: Stand) -> dict[str, Any]:
+    """By corruption the accuracy, and what is lost of that on the same samples without any."""
+    return {
+        name: {
+            "accuracy": _spread(Spread.of(stand.accuracy(name).values())),
+            "lost": _spread(Spread.of(stand.lost(name).values())),
+        }
+        for name in stand.corruptions
     }
 
 

@@ -1,7 +1,7 @@
 """Figures of one run, class by class: what is averaged over seeds later."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Self
 
@@ -73,6 +73,8 @@ class ClassResult:
     """How many times the upload of float32 updates of the dense model would have been."""
     energy_j: float
     curve: tuple[Moment, ...]
+    robustness: Mapping[str, float] = field(default_factory=dict)
+    """Accuracy by corruption; nothing where nobody looked."""
 
     @property
     def served(self) -> bool:
@@ -113,6 +115,7 @@ def class_result(run: Run, name: str) -> ClassResult:
         up_factor=_share(dense_up, up) if answers else None,
         energy_j=sum(r.energy_j for r in run.rounds if r.device_class == name),
         curve=curve,
+        robustness=(group.robustness or {}) if artifact else {},
     )
 
 

@@ -10,6 +10,7 @@ from fleetprune_sim.report.chart_parts import BYTES, COUNT, unit_of
 from fleetprune_sim.report.comparison import Comparison
 from fleetprune_sim.report.partition_table import devices, partition
 from fleetprune_sim.report.result_grid import results
+from fleetprune_sim.report.robustness_grid import under_corruptions
 from fleetprune_sim.report.settings_grid import settings
 from fleetprune_sim.report.style import PALETTE, SHADES, SHAPES
 from fleetprune_sim.report.table import Table
@@ -31,6 +32,7 @@ def sections(comparison: Comparison) -> list[Section]:
     return [
         Section("Result", [results(comparison), budgets(comparison)]),
         Section("Accuracy against cost", [_pareto(comparison, c) for c in ("macs", "bytes")]),
+        Section("Under corruptions", under_corruptions(comparison)),
         Section("Accuracy on its way", _curves(comparison)),
         Section("The models", _keep(comparison)),
         Section("What the training took", _spent(comparison), columns=2),

@@ -86,8 +86,19 @@ class ClassSummary(_Part):
     """on the test set"""
     own_accuracy: Share | None = None
     """mean over the class's devices, each on samples that it kept back"""
+    robustness: Mapping[str, Share] | None = None
+    """accuracy by corruption, and on the same samples without any; None: nobody looked"""
     within_budget: bool
     traffic: ClassTraffic = ClassTraffic()
+
+
+class Before(_Part):
+    """The trained model that was cut."""
+
+    accuracy: Share
+    """on the test set"""
+    robustness: Mapping[str, Share] = {}
+    """as a class's"""
 
 
 class Summary(_Part):
@@ -104,6 +115,8 @@ class Summary(_Part):
     wall_s: Amount = 0.0
     client_rounds: Count = 0
     dense: Dense
+    before: Before | None = None
+    """None: the training began with no trained model, or nobody looked"""
     traffic: FleetTraffic
     virtual: Virtual
     labels: tuple[str | int, ...] = ()

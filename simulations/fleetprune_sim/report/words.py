@@ -37,6 +37,15 @@ def points(spread: Spread | None) -> str:
     return f"{100 * spread.mean:+.1f}{sd}".replace("-", "−")
 
 
+def lost(spread: Spread | None) -> str:
+    """Accuracy that something costs: `6.2 ± 0.4`, in percentage points; below 0 it is a gain."""
+    if spread is None:
+        return NONE
+    sd = "" if spread.sd is None else f" ± {100 * spread.sd:.1f}"
+    mean = round(100 * spread.mean, 1) + 0.0  # no "-0.0"
+    return f"{mean:.1f}{sd}".replace("-", "−")
+
+
 def delta(comparison: Comparison, row: Row, device_class: str) -> str:
     """Points above the baseline, with the number of pairs where some seeds have no partner."""
     return _of_pairs(comparison.delta(row, device_class), row)
