@@ -21,7 +21,7 @@ from fleetprune.layout import (
     reorder,
     tensor_index,
 )
-from fleetprune.masks import settle_order
+from fleetprune.masks import bounded_order, settle_order
 
 Tensors = dict[str, NDArray[np.float32]]
 
@@ -73,6 +73,7 @@ def remask(
     model: FleetModel,
     scores: Mapping[str, NDArray[np.float32]],
     shapes: Mapping[str, dict[str, int]],
+    share: float = 1.0,
 ) -> tuple[FleetModel, Order]:
     """Put the units in the order of `scores` and cut the classes to `shapes`.
 
@@ -81,13 +82,14 @@ def remask(
         model: The present state.
         scores: Per group (units,), in the present order.
         shapes: Per class the new keep counts.
+        share: Of a class's units that may be replaced (`masks.bounded_order`); 1: any number.
 
     Returns:
         The new state, and the permutation of the present order that was applied. Where neither
         order nor shapes change, the present state itself (same mask version).
     """
     cuts = {g: {k[g] for k in shapes.values()} for g in architecture.groups}
-    order = settle_order(scores, cuts)
+    order = settle_order(scores, cuts) if share >= 1 else bounded_order(scores, cuts, share)
     moved = any((order[g] != np.arange(order[g].size)).any() for g in order)
     if not moved and {n: dict(k) for n, k in shapes.items()} == model.shapes:
         return model, order

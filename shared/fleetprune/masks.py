@@ -57,6 +57,67 @@ def keep_top(scores: NDArray[np.float32], keep: int) -> NDArray[np.bool_]:
     return mask
 
 
+def bounded_order(
+    scores: Mapping[str, NDArray[np.float32]],
+    cuts: Mapping[str, set[int]],
+    share: float,
+    growth: Mapping[str, NDArray[np.float32]] | None = None,
+) -> dict[str, NDArray[np.intp]]:
+    """A new order in which each mask keeps most of its units (RigL, Evci et al. 2020).
+
+    Of a mask of `c` units at most `floor(share * c)` are replaced: the lowest by score make room
+    for the highest outside. With `growth`, which has another scale, as many as allowed are; by
+    score alone only where the newcomer's is higher. Masks stay nested: what a narrower one takes
+    in, a wider one has, and that counts towards its share too, even where it then exceeds it.
+
+    Args:
+        scores: Per group (n,) finite, in the present order of units.
+        cuts: Per group the keep counts of all classes.
+        share: Between 0 and 1.
+        growth: Per group (n,) finite, what a unit outside would be worth; None: its score.
+
+    Returns:
+        Per group a permutation of the present order, as `settle_order` gives it.
+    """
+    ranked = {
+        group: _bounded(values, cuts.get(group, set()), share, (growth or scores)[group], growth)
+        for group, values in scores.items()
+    }
+    return settle_order(ranked, cuts)
+
+
+def _bounded(
+    scores: NDArray[np.float32],
+    cuts: set[int],
+    share: float,
+    outside: NDArray[np.float32],
+    growth: Mapping[str, NDArray[np.float32]] | None,
+) -> NDArray[np.float32]:
+    """(n,) ranks, the high ones first, that put the right units before each cut."""
+    check_scores(scores)
+    check_scores(outside, "growth")
+    ranks = np.zeros(scores.size, np.float32)
+    inner: set[int] = set()
+    edges = sorted(c for c in cuts if 0 < c < scores.size)
+    for level, cut in enumerate(edges):
+        before = set(range(cut))
+        forced = inner - before
+        mine = sorted(before - inner, key=lambda u: (float(scores[u]), -u))
+        others = sorted(
+            set(range(scores.size)) - before - inner, key=lambda u: (-float(outside[u]), u)
+        )
+        drop = len(forced)
+        room = max(0, int(share * cut) - drop)
+        for out in others[:room]:
+            if drop >= len(mine) or (growth is None and scores[out] <= scores[mine[drop]]):
+                break
+            forced.add(out)
+            drop += 1
+        inner = (before | forced) - set(mine[:drop])
+        ranks[sorted(inner)] += len(edges) - level
+    return ranks
+
+
 def settle_order(
     scores: Mapping[str, NDArray[np.float32]], cuts: Mapping[str, set[int]]
 ) -> dict[str, NDArray[np.intp]]:
