@@ -1,8 +1,8 @@
 """Looking without learning: activation sums that any device can measure, without labels.
 
 All sums are additive: added up over devices they are exactly those of the pooled data, so
-devices too small to train still decide which units matter (`criteria.wanda`) and what the
-BatchNorm statistics of a pruned model should be.
+devices too small to train still decide which units matter (`criteria.wanda`, `criteria.apoz`) and
+what the BatchNorm statistics of a pruned model should be.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,9 @@ from fleetprune_agent.data import Batches
 from fleetprune_agent.sessions import Session, require_finite, run_graph
 from fleetprune_agent.trainer import StoppedError, never
 
-SUMS: Final = ("sumsq", "bn_sum", "bn_sumsq", "bn_count", "gram")
+IMPORTANCE: Final = ("sumsq", "zeros")
+"""What tells units apart, beside what the model's statistics come from."""
+SUMS: Final = (*IMPORTANCE, "bn_sum", "bn_sumsq", "bn_count", "gram", "ranges")
 
 
 @dataclass(frozen=True, eq=False)

@@ -94,7 +94,7 @@ class Graphs:
 
     def __init__(self, *, threads: int = 1, folder: Path | None = None, kept: int = 2) -> None:
         """Keep files in `folder`; None: no files (simulation)."""
-        self._threads, self._folder, self._kept = threads, folder, kept
+        self.threads, self._folder, self._kept = threads, folder, kept
         self._ready: OrderedDict[str, Graph] = OrderedDict()
         self._verified: set[str] = set()
         self._refused: dict[str, str] = {}
@@ -135,7 +135,7 @@ class Graphs:
         # Imported here: it loads onnxruntime, which an agent without work does not need.
         from fleetprune_agent.runtime import session_meta, training_session, verify  # noqa: PLC0415
 
-        session = training_session(onnx, threads=self._threads)
+        session = training_session(onnx, threads=self.threads)
         meta = session_meta(session)
         if sha256 not in self._verified:
             verify(session, meta)

@@ -34,14 +34,15 @@ class Trained:
         params: (P,) float32.
         stats: (S,) float32, BatchNorm running means and variances; (0,) where the graphs leave them
             as they are.
-        taylor: (U,) float32, sum over steps; None where the graph has no gates.
+        scores: (U,) float32, sum over steps of what the graph says of each unit; None where it
+            says nothing.
         steps: Optimiser steps taken.
         loss: Mean over the samples seen; None without steps.
     """
 
     params: NDArray[np.float32]
     stats: NDArray[np.float32]
-    taylor: NDArray[np.float32] | None
+    scores: NDArray[np.float32] | None
     steps: int
     loss: float | None
 
@@ -100,7 +101,7 @@ def train(
     rate = np.array(learning_rate, np.float32)
     pull = np.float32(learning_rate * proximal)
     constant = {"lr": rate} if prior is None else {"lr": rate, "prior": prior}
-    taylor: NDArray[np.float64] | None = None
+    scores: NDArray[np.float64] | None = None
     loss_sum, seen, taken, moved = 0.0, 0, 0, False
     while taken < total:
         for batch in batches:
@@ -124,19 +125,19 @@ def train(
                 state["params"] -= pull * (state["params"] - payload.params)
             if after_step is not None:
                 after_step(state)
-            if "taylor" in out:
-                score = out["taylor"].astype(np.float64)
-                taylor = score if taylor is None else taylor + score
+            if "scores" in out:
+                score = out["scores"].astype(np.float64)
+                scores = score if scores is None else scores + score
             if taken == total:
                 break
     for what in ("params", "stats"):
         require_finite(f"{what} after {taken} steps", state[what])
-    if taylor is not None:
-        require_finite(f"taylor after {taken} steps", taylor)
+    if scores is not None:
+        require_finite(f"scores after {taken} steps", scores)
     return Trained(
         params=state["params"],
         stats=state["stats"] if moved else np.zeros(0, np.float32),
-        taylor=None if taylor is None else taylor.astype(np.float32),
+        scores=None if scores is None else scores.astype(np.float32),
         steps=taken,
         loss=loss_sum / seen if seen else None,
     )

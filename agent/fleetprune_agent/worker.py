@@ -8,8 +8,9 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from importlib.metadata import version as distribution_version
 from typing import Final, Protocol
 
 import numpy as np
@@ -24,8 +25,9 @@ from fleetprune.values import TOP
 from fleetprune_agent.data import Batches, Samples
 from fleetprune_agent.feedback import Memory, MemoryStore
 from fleetprune_agent.memory import rss_mb
-from fleetprune_agent.observer import observe
+from fleetprune_agent.observer import IMPORTANCE, observe
 from fleetprune_agent.sessions import Graph, Graphs, require_finite
+from fleetprune_agent.timing import RUNTIME, fetch_all, time_graphs
 from fleetprune_agent.trainer import log_frequencies, never, train
 from fleetprune_agent.trust import SignedFile
 
@@ -133,6 +135,10 @@ class Worker:
         if (known := memory.answers.get(task.task)) is not None:
             return known
         source = source or self._source
+        if task.kind is TaskKind.TIME:
+            answer = self._time(task, source)
+            self._answers.save(memory.answered(task.task, answer))
+            return answer
         graphs = self._resolve(task, source)
         payload = self._payload(task, source, graphs[0])
         started = self._clock()
@@ -144,33 +150,36 @@ class Worker:
         return answer
 
     def _resolve(self, task: Task, source: TaskSource) -> list[Graph]:
-        """The task's graphs, or the portable ones where the fast ones do not work."""
+        """The task's graphs, or the portable ones where the fast ones do not work; `look` last."""
         if task.kind is TaskKind.TRAIN:
             if not self.settings.trains:
                 raise DataError(f"task {task.task} trains, but this device has trains = false")
             if self.samples.y is None:
                 raise DataError(f"task {task.task} trains, but this device's data has no labels")
         try:
-            graphs = [self._graph(ref, task, source) for ref in task.graphs]
+            graphs = [self._graph(ref, task.kind, source) for ref in task.graphs]
         except GraphError:
             if not task.portable:
                 raise
-            graphs = [self._graph(ref, task, source) for ref in task.portable]
-        first = graphs[0].meta
-        for g in graphs[1:]:
-            if (g.meta.parameters, g.meta.statistics, g.meta.batch, g.meta.units) != (
-                first.parameters,
-                first.statistics,
-                first.batch,
-                first.units,
-            ):
+            graphs = [self._graph(ref, task.kind, source) for ref in task.portable]
+        kinds = {
+            (m.parameters, m.statistics, m.batch, m.units, m.criterion)
+            for m in (g.meta for g in graphs)
+        }
+        if len(kinds) > 1:
+            raise GraphError(f"task {task.task}: its graphs are of different shapes")
+        if task.look is not None and task.kind is TaskKind.TRAIN and task.scores:
+            look, own = self._graph(task.look, TaskKind.OBSERVE, source), graphs[0].meta
+            # Fixed statistics of narrower models stand behind the model's own.
+            if look.meta.parameters != own.parameters or look.meta.statistics > own.statistics:
                 raise GraphError(f"task {task.task}: its graphs are of different shapes")
+            graphs.append(look)
         return graphs
 
-    def _graph(self, ref: GraphRef, task: Task, source: TaskSource) -> Graph:
+    def _graph(self, ref: GraphRef, task: TaskKind, source: TaskSource) -> Graph:
         graph = self.graphs.get(ref, source.graph)
         meta = graph.meta
-        kind = "train_step" if task.kind is TaskKind.TRAIN else "observe"
+        kind = "train_step" if task is TaskKind.TRAIN else "observe"
         if meta.kind != kind or not meta.batch:
             raise GraphError(f"{ref.target} is a graph of kind {meta.kind}, expected {kind}")
         y = meta.verification.y
@@ -206,6 +215,9 @@ class Worker:
         memory: Memory,
         started: float,
     ) -> tuple[Memory, bytes]:
+        looks = [g for g in graphs if g.meta.kind == "observe"]
+        graphs = [g for g in graphs if g.meta.kind == "train_step"]
+        seen = self._seen(task, looks[0], payload, started) if looks else {}
         order = stream(task, Draws.ORDER)
         batches = Batches(self.samples.x, self.samples.y, graphs[0].meta.batch or 1, order)
         trained = train(
@@ -227,9 +239,9 @@ class Worker:
         require_finite("update", total)
         rounding = stream(task, Draws.ROUNDING) if task.codec in TOP else None
         update, left_out = lossy(total, task, rounding)
-        sections = {"stats": trained.stats} if trained.stats.size else {}
-        if trained.taylor is not None and task.scores:
-            sections["taylor"] = trained.taylor
+        sections = seen | ({"stats": trained.stats} if trained.stats.size else {})
+        if trained.scores is not None and task.scores:
+            sections["scores"] = trained.scores
         header = self._header(task, seconds, steps=trained.steps, loss=trained.loss)
         answer = encode_result(header, sections, update)
         return memory.left_out(task.mask_version, task.shape, left_out), answer
@@ -252,12 +264,36 @@ class Worker:
             return None
         return log_frequencies(self.samples.y, graph.meta.classes)
 
+    def _seen(
+        self, task: Task, graph: Graph, payload: ModelPayload, started: float
+    ) -> dict[str, NDArray[np.float32]]:
+        """What the samples say of importance, by the model as it came."""
+        own = replace(payload, stats=payload.stats[: graph.meta.statistics])
+        batches = Batches(self.samples.x, self.samples.y, graph.meta.batch or 1)
+        sums = observe(graph.session, own, batches, self._watch(task, started)).sums
+        return {name: values for name, values in sums.items() if name in IMPORTANCE}
+
     def _observe(self, task: Task, graph: Graph, payload: ModelPayload, started: float) -> bytes:
         batches = Batches(self.samples.x, self.samples.y, graph.meta.batch or 1)
         seen = observe(graph.session, payload, batches, self._watch(task, started))
         header = self._header(task, self._clock() - started, correct=seen.correct)
-        sums = {n: v for n, v in seen.sums.items() if task.scores or n != "sumsq"}
+        sums = {n: v for n, v in seen.sums.items() if task.scores or n not in IMPORTANCE}
         return encode_result(header, sums, None)
+
+    def _time(self, task: Task, source: TaskSource) -> bytes:
+        onnx, started = fetch_all(task, source.graph), self._clock()
+        timed = time_graphs(
+            onnx,
+            sweeps=task.epochs,
+            runs=task.max_steps,
+            threads=self.graphs.threads,
+            clock=self._clock,
+            stopped=self._watch(task, started),
+        )
+        header = self._header(task, self._clock() - started, steps=timed.runs)
+        said = {"runtime": RUNTIME, "runtime_version": distribution_version(RUNTIME)}
+        sections = {"median_ms": timed.median_ms, "spread_ms": timed.spread_ms}
+        return encode_result(header.model_copy(update=said), sections, None)
 
     def _header(
         self,

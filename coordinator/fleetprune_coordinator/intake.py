@@ -3,8 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetprune.criteria import Criterion, Needs, moved, needs
 from fleetprune.errors import MessageError
-from fleetprune.layout import Architecture
+from fleetprune.layout import Architecture, FlatLayout, Role, cut
 from fleetprune.messages import ResultHeader, Task, TaskKind
 from fleetprune.result import Result
 from fleetprune.update import decode_update
@@ -13,6 +17,7 @@ from fleetprune_coordinator.bounds import Bounds
 from fleetprune_coordinator.fleet_model import FleetModel, Tensors
 from fleetprune_coordinator.gram import GramSums
 from fleetprune_coordinator.ledger import Ledger
+from fleetprune_coordinator.value_ranges import RangeSums
 
 MOMENTS: Final = ("bn_sum", "bn_sumsq", "bn_count")
 """Sections of BatchNorm sums: all of them, or none."""
@@ -40,6 +45,8 @@ class Intake:
         self._trained = {n: StatisticsMean(architecture, k) for n, k in model.shapes.items()}
         self._moments = {n: MomentSums(architecture, k) for n, k in model.shapes.items()}
         self.grams = {n: GramSums(architecture, k) for n, k in model.shapes.items()}
+        self.ranges: dict[str, RangeSums] = {}
+        """Per class whose ranges of values were asked for."""
         self._done: set[str] = set()
         self._loss = self._weight = 0.0
         self._right: dict[str, list[int]] = {}
@@ -71,7 +78,7 @@ class Intake:
                 self._loss += weight * header.loss
                 self._weight += weight
         else:
-            self._add_observed(task, result)
+            self._add_observed(task, result, weight)
         self._done.add(task.task)
 
     def _add_trained(self, task: Task, result: Result, weight: float) -> None:
@@ -79,18 +86,42 @@ class Intake:
         if result.update is None:
             raise MessageError(f"answer to {task.task} has no update, expected {size} values")
         update = decode_update(result.update, mask_version=task.mask_version, size=size)
-        vectors, steps = result.vectors, result.header.steps
+        vectors = result.vectors
         if "stats" in vectors:
             self._trained[task.shape].check(vectors["stats"])
-        if "taylor" in vectors and steps:
-            keep = self._model.shapes[task.shape]
-            self._ledger.add_taylor(keep, vectors["taylor"], steps, weight)
+        change = update.dense()
+        if task.scores:
+            self._add_importance(task, result, weight, change)
         if "stats" in vectors:
             self._trained[task.shape].add(vectors["stats"], weight)
-        change = self._bounds.update(task.shape, update.dense())
+        change = self._bounds.update(task.shape, change)
         self.aggregate.add(task.shape, change, weight)
 
-    def _add_observed(self, task: Task, result: Result) -> None:
+    def _add_importance(
+        self, task: Task, result: Result, weight: float, change: NDArray[np.float32] | None
+    ) -> None:
+        """Tell the ledger what an answer says of units, by the task's criterion alone."""
+        criterion, keep = Criterion(task.criterion), self._model.shapes[task.shape]
+        vectors, header = result.vectors, result.header
+        if needs(criterion) is Needs.BACKWARD and "scores" in vectors and header.steps:
+            self._ledger.add_scores(criterion, keep, vectors["scores"], header.steps, weight)
+        elif criterion is Criterion.MOVEMENT and change is not None:
+            self._ledger.add_scores(criterion, keep, self._movement(task, change), 1, weight)
+        elif criterion is Criterion.WANDA and "sumsq" in vectors:
+            self._ledger.add_sumsq(keep, vectors["sumsq"], header.samples)
+        elif criterion is Criterion.APOZ and "zeros" in vectors:
+            self._ledger.add_zeros(keep, vectors["zeros"], header.samples)
+
+    def _movement(self, task: Task, change: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(U,): how far a device's change moves each unit away from zero."""
+        keep = self._model.shapes[task.shape]
+        start = cut(self._architecture, self._model.params, keep, Role.PARAMETER)
+        deltas = FlatLayout(self._architecture, keep, Role.PARAMETER).split(change)
+        end = {name: value + deltas[name] for name, value in start.items()}
+        scores = moved(self._architecture, start, end, keep)
+        return np.concatenate([scores[group] for group in self._architecture.groups])
+
+    def _add_observed(self, task: Task, result: Result, weight: float) -> None:
         header, vectors = result.header, result.vectors
         sums = [vectors[name] for name in MOMENTS if name in vectors]
         if sums and len(sums) != len(MOMENTS):
@@ -102,13 +133,16 @@ class Intake:
         crossed = "gram" in vectors and task.scores  # else nobody asked, and it is large
         if crossed:
             self.grams[task.shape].check(vectors["gram"])
-        if "sumsq" in vectors:
-            keep = self._model.shapes[task.shape]
-            self._ledger.add_sumsq(keep, vectors["sumsq"], header.samples)
+        if task.shape in self.ranges and "ranges" in vectors:
+            self.ranges[task.shape].check(vectors["ranges"])
+        if task.scores:
+            self._add_importance(task, result, 1.0, None)
         if crossed:
             self.grams[task.shape].add(vectors["gram"], header.samples)
         if sums:
             self._moments[task.shape].add(*sums)
+        if task.shape in self.ranges and "ranges" in vectors:
+            self.ranges[task.shape].add(vectors["ranges"], weight)
         if header.correct is not None:
             right = self._right.setdefault(task.shape, [0, 0])
             right[0] += min(header.correct, header.samples)

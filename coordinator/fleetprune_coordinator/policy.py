@@ -3,14 +3,17 @@
 `Rounds` asks; what it does around the answers (tasks, aggregation, resuming) is the same for all.
 """
 
+import logging
 from collections.abc import Mapping
 
-from fleetprune.criteria import Scores
+from fleetprune.criteria import MEASURED, Scores
 from fleetprune.layout import KeepCounts
 from fleetprune_coordinator.config import TrainingConfig
 from fleetprune_coordinator.fleet_model import FleetModel
 from fleetprune_coordinator.graph_library import narrower
-from fleetprune_coordinator.ledger import MEASURED, Ledger
+from fleetprune_coordinator.ledger import Ledger
+
+log = logging.getLogger(__name__)
 
 
 class Policy:
@@ -55,6 +58,13 @@ class Policy:
         """
         every = settings.remask_every
         due = every > 0 and number % every == 0 and number <= settings.final_remask
-        if not due or not ledger.ready(settings.criterion):
+        if not due:
+            return None
+        if not ledger.ready(settings.criterion):
+            log.warning(
+                "round %d: no device has reported %s yet; the order of units stays",
+                number,
+                settings.criterion,
+            )
             return None
         return ledger.scores(settings.criterion, model.params)
