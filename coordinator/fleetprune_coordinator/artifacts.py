@@ -27,10 +27,21 @@ class Artifact:
 
     onnx: bytes
     golden: bytes
-    """An .npz with `x` (n, ...) inputs and `y` (n, classes) the outputs of float64 torch."""
+    """An .npz with `x` (n, ...) inputs and `y` (n, classes) the outputs that are expected."""
     costs: Costs
     """Measured on the file."""
     parameters: int
+    tolerance: float = GOLDEN_TOLERANCE
+    """How far a device's outputs may be from the golden ones."""
+    int8: bool = False
+    """Whether the file is quantised."""
+
+
+def small_model(
+    model: nn.Module, architecture: Architecture, state: FleetModel, name: str
+) -> nn.Module:
+    """The network of a class, physically small, in evaluation mode."""
+    return extract(model, architecture, state.params, state.stats[name], state.shapes[name])
 
 
 def build(
@@ -47,16 +58,16 @@ def build(
         architecture: Its description.
         state: The fleet's weights.
         name: The device class.
-        samples: (n, ...) inputs whose outputs the device must reproduce before it switches.
+        samples: (n, ...) inputs whose outputs, those of float64 torch, the device must reproduce
+            before it switches.
 
     Returns:
-        The artifact; its budget is not checked here.
+        The artifact in float32; its budget is not checked here.
 
     Raises:
         GraphError: The exported file does not compute what torch does.
     """
-    keep = state.shapes[name]
-    small = extract(model, architecture, state.params, state.stats[name], keep).eval()
+    small = small_model(model, architecture, state, name)
     onnx = export_infer(small, torch.zeros(1, *architecture.input_shape)).onnx
     with torch.no_grad():
         expected = small.double()(torch.from_numpy(samples).double()).numpy()
@@ -67,16 +78,32 @@ def build(
             f"class {name}: the exported file differs from torch by {worst:.2g}, "
             f"expected at most {GOLDEN_TOLERANCE:.2g}"
         )
-    golden = io.BytesIO()
-    np.savez(golden, x=samples, y=expected.astype(np.float32))
     parameters = sum(p.numel() for p in small.parameters())
-    return Artifact(onnx, golden.getvalue(), file_costs(onnx), parameters)
+    return Artifact(onnx, golden(samples, expected), file_costs(onnx), parameters)
 
 
-def predict(onnx: bytes, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Outputs (n, classes) of an inference file for (n, ...) inputs, on this machine."""
+def golden(x: NDArray[np.float32], y: NDArray[np.floating]) -> bytes:
+    """The file of golden samples: inputs (n, ...) and outputs (n, classes)."""
+    out = io.BytesIO()
+    np.savez(out, x=x, y=y.astype(np.float32))
+    return out.getvalue()
+
+
+def predict(
+    onnx: bytes, x: NDArray[np.float32], *, as_written: bool = False
+) -> NDArray[np.float32]:
+    """Outputs (n, classes) of an inference file for (n, ...) inputs, on this machine.
+
+    Args:
+        onnx: The file.
+        x: Its inputs.
+        as_written: Run the file's operators one by one, in float32, instead of what onnxruntime
+            makes of them.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
+    if as_written:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x}
     return np.asarray(session.run(None, feed)[0], np.float32)

@@ -2,10 +2,15 @@
 
 The same rules as for the torch model (see `liveness`), applied to the nodes that really are in the
 file: this is the figure that a budget is held against before anything is signed.
+
+In a quantised file (QDQ form) a value takes one byte where onnxruntime has integer kernels that
+make it and read it (`integer_kernels`), and four wherever a float operator reads or makes it. For
+some processors onnxruntime adds transposed copies, of a quantised file as of a float one; these
+are in neither figure.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from math import prod
 
@@ -17,6 +22,7 @@ from torch import Tensor, nn
 from fleetprune.costs import Costs
 from fleetprune.errors import GraphError
 from fleetprune.layout import Architecture
+from fleetprune_coordinator.integer_kernels import INTO, OUT_OF, integers
 from fleetprune_coordinator.liveness import memory
 from fleetprune_coordinator.recording import Kind, Operator, Recording
 from fleetprune_coordinator.selfcheck import randomised
@@ -24,8 +30,7 @@ from fleetprune_coordinator.selfcheck import randomised
 SLACK_BYTES = 96  # the file's expected outputs: four numbers of 3 to 24 decimal digits each
 
 # fmt: off
-VIEWS = frozenset({"Reshape", "Flatten", "Identity", "Squeeze", "Unsqueeze", "Dropout"})
-QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+SHARED = frozenset({"Reshape", "Flatten", "Identity", "Squeeze", "Unsqueeze", "Dropout"})
 ELEMENTWISE = frozenset({
     "Relu", "Clip", "LeakyRelu", "Elu", "Selu", "Celu", "Sigmoid", "Tanh", "HardSigmoid",
     "HardSwish", "Gelu", "Mish", "Swish", "Softplus", "Erf", "Exp", "Log", "Sqrt", "Reciprocal",
@@ -168,11 +173,13 @@ def _peak(file: _File, constants: set[str]) -> int:
         )
     reads = Counter(n for node in file.graph.node for n in node.input)
     reads.update(v.name for v in file.graph.output)
+    bytes_alone = integers(file.graph.node, [v.name for v in file.graph.output]).values
     recording = Recording()
     values: dict[str, int] = {}
 
     def new(name: str) -> int:
-        recording.sizes.append(prod(file.shape(name)) * file.item_bytes[name])
+        size = 1 if name in bytes_alone else file.item_bytes[name]
+        recording.sizes.append(prod(file.shape(name)) * size)
         values[name] = len(values)
         return values[name]
 
@@ -181,7 +188,7 @@ def _peak(file: _File, constants: set[str]) -> int:
         read = [n for n in node.input if n in values]
         made = [n for n in node.output if n and n not in constants and reads[n]]
         if read and made:
-            kind = _kind(file, node, read, made, only_read=reads[read[0]] == 1)
+            kind = _kind(file, node, read, made, bytes_alone)
             source = tuple(values[n] for n in read)
             recording.operators.append(
                 Operator(node.op_type, node.name, kind, source, tuple(new(n) for n in made))
@@ -190,22 +197,24 @@ def _peak(file: _File, constants: set[str]) -> int:
         raise GraphError("onnx file: the output does not depend on the input")
     recording.result = values[file.graph.output[0].name]
     plan = memory(recording)
-    # Integer kernels write a quantised value directly: a buffer is as wide as its narrowest form.
-    sizes = [min(recording.sizes[v] for v in members) for members in plan.buffers]
+    sizes = [recording.sizes[members[0]] for members in plan.buffers]
     return max(sum(sizes[b] for b in live) for live in plan.live)
 
 
 def _kind(
-    file: _File, node: onnx.NodeProto, read: list[str], made: list[str], *, only_read: bool
+    file: _File,
+    node: onnx.NodeProto,
+    read: list[str],
+    made: list[str],
+    bytes_alone: Collection[str],
 ) -> Kind:
     """How a node treats memory."""
     same_size = prod(file.shape(read[0])) == prod(file.shape(made[0]))
-    if node.op_type in VIEWS:
+    if node.op_type in SHARED:
         return Kind.VIEW
-    if node.op_type in QUANTIZERS:
-        from_input = read[0] in {v.name for v in file.graph.input}
-        fuses = node.op_type == "DequantizeLinear" or (only_read and not from_input)
-        return Kind.VIEW if fuses else Kind.OTHER
+    if node.op_type in (INTO, OUT_OF):
+        other = read[0] if node.op_type == INTO else made[0]
+        return Kind.VIEW if other in bytes_alone else Kind.OTHER
     if node.op_type in ELEMENTWISE and len(read) == 1 and same_size:
         return Kind.ELEMENTWISE
     return Kind.OTHER

@@ -163,22 +163,32 @@ def test_grouped_convolutions_count_their_own_inputs_only():
     assert file_costs(model).macs == 4 * 3 * 3
 
 
-def test_quantised_tensors_take_a_byte():
-    scale, zero = np.float32(0.1), np.int8(0)
+def quantised_convolution(*middle, last):
+    """40 bytes come in, 10 quantised; a convolution makes 2 channels of 10 values."""
     nodes = [
         node("QuantizeLinear", "x s z", "xq"),
         node("DequantizeLinear", "xq s z", "xd"),
         node("DequantizeLinear", "w s z", "wd"),
         node("Conv", "xd wd", "c"),
-        node("Relu", "c", "r"),
-        node("QuantizeLinear", "r s z", "rq"),
+        *middle,
+        node("QuantizeLinear", f"{last} s z", "rq"),
         node("DequantizeLinear", "rq s z", "y"),
     ]
-    weights = {"s": scale, "z": zero, "w": np.ones((2, 1, 1), np.int8)}
-    measured = file_costs(onnx_file(nodes, (1, 10), weights))
-    # 40 bytes come in; 10 quantised; the convolution and all that follows is 20 bytes.
-    assert measured.peak_activation_bytes == 40 + 10
+    weights = {"s": np.float32(0.1), "z": np.int8(0), "w": np.ones((2, 1, 1), np.int8)}
+    return file_costs(onnx_file(nodes, (1, 10), weights))
+
+
+def test_quantised_tensors_take_a_byte():
+    measured = quantised_convolution(node("Relu", "c", "r"), last="r")
+    # The convolution's 20 bytes at the end, and the 80 of the output.
+    assert measured.peak_activation_bytes == 20 + 80
     assert measured.macs == 20
+
+
+def test_tensors_of_float_operators_take_four_bytes():
+    measured = quantised_convolution(node("Exp", "c", "e"), node("Add", "c e", "r"), last="r")
+    # The convolution is no integer kernel then: its 80 bytes, and those of Exp and Add.
+    assert measured.peak_activation_bytes == 3 * 80
 
 
 def fails(model, message):
