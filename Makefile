@@ -3,7 +3,7 @@
 #   make demo [TASK=har] [OUT=DIR] [ROUNDS=N] [SEED=S]
 #   make test [ARGS='tests/shared -k masks']
 #   make check   make bench   make clean
-#   make study OUT=DIR [SEEDS='60 61']   (docs/method.md: two hours, to be taken up again any time)
+#   make study OUT=DIR [SEEDS='60 61']   (docs/method.md: three hours, to be taken up again any time)
 
 PYTHON ?= python3
 TASK ?= digits
@@ -36,6 +36,9 @@ comma := ,
 empty :=
 STUDY = $(BIN)/fleetprune simulate --resume --jobs $(WORKERS) --seed $(subst $(empty) ,$(comma),$(SEEDS))
 METHODS := nested,small,fjord,heterofl,fedrolex,exclude,dense
+SPARSE := prunefl,feddst,fedtiny,fedrts
+STILL := --set training.criterion=none
+FIRST := --set training.first_criterion
 WARM := --warm-rounds 40 --rounds 20 --set $(RATE)=0.1 --set simulation.evaluate_every=1
 
 study: .venv/.dev
@@ -45,13 +48,14 @@ study: .venv/.dev
 	@$(STUDY) --task fashion --out '$(OUT)/fashion' --method $(METHODS) \
 		--set small:$(RATE)=0.1 --set fedrolex:$(RATE)=0.2 --set exclude:$(RATE)=0.1 \
 		--set dense:$(RATE)=0.2
+	@$(STUDY) --task fashion --out '$(OUT)/sparse' --method $(SPARSE) --set feddst:$(RATE)=0.1
 	@for seed in $(SEEDS); do \
 		warm="$(BIN)/fleetprune simulate --resume --task fashion --seed $$seed $(WARM)"; \
-		$$warm --out '$(OUT)'/warm/random-$$seed --set training.criterion=none \
-			--set training.first_criterion=none && \
-		$$warm --out '$(OUT)'/warm/uniform-$$seed --set training.first_criterion=taylor && \
-		$$warm --out '$(OUT)'/warm/global-$$seed --set training.first_criterion=taylor \
-			--set pruning.allocation=global || exit 1; \
+		$$warm --out '$(OUT)'/warm/reconstruction-$$seed && \
+		$$warm --out '$(OUT)'/warm/random-$$seed $(STILL) $(FIRST)=none --set training.refit=false && \
+		$$warm --out '$(OUT)'/warm/taylor-$$seed $(STILL) $(FIRST)=taylor --set training.refit=false && \
+		$$warm --out '$(OUT)'/warm/random-refitted-$$seed $(STILL) $(FIRST)=none && \
+		$$warm --out '$(OUT)'/warm/order-$$seed $(STILL) --set training.refit=false || exit 1; \
 	done
 	@$(BIN)/fleetprune compare '$(OUT)/har' '$(OUT)/fashion' --baseline nested --out '$(OUT)/study.html'
 
