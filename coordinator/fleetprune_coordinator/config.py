@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
+    PlainValidator,
     PrivateAttr,
     StringConstraints,
     model_validator,
@@ -14,18 +15,32 @@ from pydantic import (
 from fleetprune.budgets import Allocation, Budget
 from fleetprune.config_file import LocalPath, Section, load_section
 from fleetprune.costs import Costs
+from fleetprune.criteria import CATALOGUE, Criterion
 from fleetprune.errors import ConfigError
 from fleetprune.messages import MAX_DEADLINE_S, Codec, Name
 from fleetprune.mqtt import BrokerSettings
-from fleetprune.schedule import PolynomialDecay
+from fleetprune.schedule import Schedule
 from fleetprune_coordinator.imports import import_object
-from fleetprune_coordinator.ledger import Criterion
+from fleetprune_coordinator.score_merge import ScoreMerge
 
 Dotted = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 """`module:name`, to be imported."""
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
+Multiple = Annotated[int, Field(ge=1)]
+
+
+def _least(value: object) -> float:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    if isinstance(value, float) and 0 < value <= 1:
+        return value
+    raise ValueError("expected a number of units, or a share with a point, up to 1.0")
+
+
+Least = Annotated[float, PlainValidator(_least)]
+"""Units (an int) or a share (a float): the two ways to write 1 mean two things."""
 
 
 class ModelConfig(Section):
@@ -44,7 +59,11 @@ class ModelConfig(Section):
     )
     """`cross_entropy` or `module:function` (logits, targets) -> scalar."""
     initial: LocalPath | None = None
-    """A state_dict to start from."""
+    """A state_dict or safetensors file to start from."""
+    head: str | None = None
+    """The layer that may start anew where `initial` has other weights for it, or none."""
+    freeze: tuple[str, ...] = ()
+    """Layers that are not trained: a path, the beginning of one, or a pattern."""
 
     @model_validator(mode="after")
     def _know_the_outputs(self) -> Self:
@@ -54,6 +73,12 @@ class ModelConfig(Section):
             raise ValueError("labels are not distinct")
         if len(self.labels) == 1:
             raise ValueError("one label, expected at least 2")
+        return self
+
+    @model_validator(mode="after")
+    def _start_from_something(self) -> Self:
+        if self.head is not None and self.initial is None:
+            raise ValueError("head says what of initial may be missing: give initial, too")
         return self
 
     @property
@@ -67,6 +92,9 @@ class DataConfig(Section):
 
     test: LocalPath | None = None
     """`.npz` with `x` and `y`: judges each class's model and provides its golden samples."""
+    validation: LocalPath | None = None
+    """`.npz` with `x` and `y`: a dynamic schedule backs off when accuracy on it falls. Not what
+    models are judged by in the end."""
 
 
 class TrainingConfig(Section):
@@ -96,9 +124,15 @@ class TrainingConfig(Section):
     """Rounds between new masks; 0: never again after the first."""
     last_remask: int | None = Field(default=None, ge=0)
     """No new masks after this round, so that the last ones have time to settle; None: half."""
+    regrow: Share = 1.0
+    """Share of a class's units that new masks may replace at first, falling along a cosine to none
+    in the last round that brings some (RigL's annealing); 1: any number, at any time."""
     criterion: Criterion = Criterion.TAYLOR
     first_criterion: Criterion = Criterion.RECONSTRUCTION
     """Of the first masks of a model that comes trained."""
+    score_merge: ScoreMerge = ScoreMerge.MEAN
+    """How what devices say of a unit becomes one figure. The median and the trimmed mean give every
+    device one voice, so that a few that lie or differ are outvoted."""
     refit: bool = True
     """When a model that comes trained is cut, give the weights that stay the values with which they
     best rebuild the uncut layers' outputs."""
@@ -146,11 +180,16 @@ class TrainingConfig(Section):
         return max(1, round(self.fixed_statistics * self.rounds))
 
     @model_validator(mode="after")
-    def _only_once(self) -> Self:
-        if self.criterion is Criterion.RECONSTRUCTION:
+    def _at_their_time(self) -> Self:
+        if not CATALOGUE[self.criterion].later:
             raise ValueError(
-                "criterion reconstruction orders the units of a model that comes trained, once: "
+                f"criterion {self.criterion} orders the units of a model that comes trained, once: "
                 "it can only be the first_criterion"
+            )
+        if not CATALOGUE[self.first_criterion].first:
+            raise ValueError(
+                f"first_criterion {self.first_criterion} comes of training, and none has been: "
+                "it can only be the criterion"
             )
         return self
 
@@ -168,7 +207,22 @@ class PruningConfig(Section):
     """How a budget becomes keep counts."""
 
     channel_multiple: int = Field(default=8, ge=1)
+    """Widths are multiples of it; the kernels of most runtimes work on 8 channels or 16 at once."""
     allocation: Allocation = Allocation.UNIFORM
+    floor: float = Field(default=0.5, ge=0, le=1)
+    """With the allocation `global`: no layer falls below this share of what `uniform` would
+    leave it."""
+    exclude: tuple[str, ...] = ()
+    """Layers that stay whole: a path, the beginning of one, or a pattern (`protection.protect`)."""
+    minimum: dict[str, Least] = Field(default_factory=dict)
+    """Per layer the units that stay at least, in number or as a share."""
+    multiple: dict[str, Multiple] = Field(default_factory=dict)
+    """Per layer what its width is a multiple of."""
+    int8: bool | Literal["auto"] = False
+    """Ship quantised files: true also plans budgets for them; "auto" plans for float32 files and
+    ships the quantised one where it is good enough."""
+    int8_loss: float = Field(default=0.01, ge=0, le=1)
+    """Accuracy on the test set that quantising may cost, as a share of all samples."""
 
 
 class ClassConfig(Section):
@@ -181,6 +235,10 @@ class ClassConfig(Section):
     flash_share: Share | None = None
     ram_share: Share | None = None
     macs_share: Share | None = None
+    batch: int = Field(default=1, ge=1)
+    """Samples that the class runs at once; counts for the limit of memory."""
+    multiple: Multiple | None = None
+    """Of this class's widths; None: `pruning.channel_multiple`."""
     trains: bool = True
 
     @model_validator(mode="after")
@@ -202,9 +260,12 @@ class ClassConfig(Section):
 
         return Budget(
             flash_bytes=limit(self.flash_bytes, self.flash_share, dense.artifact_bytes),
-            ram_bytes=limit(self.ram_bytes, self.ram_share, dense.peak_activation_bytes),
+            ram_bytes=limit(
+                self.ram_bytes, self.ram_share, self.batch * dense.peak_activation_bytes
+            ),
             macs=limit(self.macs, self.macs_share, dense.macs),
             latency_ms=self.latency_ms,
+            batch=self.batch,
         )
 
 
@@ -218,7 +279,7 @@ class FleetConfig(Section):
     model: ModelConfig
     data: DataConfig = Field(default_factory=DataConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
-    schedule: PolynomialDecay = Field(default_factory=PolynomialDecay)
+    schedule: Schedule = Field(default_factory=Schedule)
     """Cuts at once unless it says otherwise."""
     pruning: PruningConfig = Field(default_factory=PruningConfig)
     classes: dict[Name, ClassConfig] = Field(min_length=1)
@@ -231,13 +292,9 @@ class FleetConfig(Section):
     def _fit_together(self) -> Self:
         if not any(c.trains for c in self.classes.values()):
             raise ValueError("no class trains: at least one must")
-        if self.schedule.begin > self.schedule.end:
+        if self.schedule.settled > self.training.rounds:
             raise ValueError(
-                f"schedule begins in round {self.schedule.begin}, after its end {self.schedule.end}"
-            )
-        if self.schedule.end > self.training.rounds:
-            raise ValueError(
-                f"schedule ends in round {self.schedule.end}, "
+                f"schedule ends in round {self.schedule.settled}, "
                 f"but training has {self.training.rounds} rounds"
             )
         return self
@@ -271,7 +328,11 @@ def load_fleet_config(path: Path) -> FleetConfig:
             value; one line with the file and the key.
     """
     config = load_section(path, FleetConfig)
-    for key, file in (("model.initial", config.model.initial), ("data.test", config.data.test)):
+    for key, file in (
+        ("model.initial", config.model.initial),
+        ("data.test", config.data.test),
+        ("data.validation", config.data.validation),
+    ):
         if file is not None and not file.is_file():
             raise ConfigError(f"{path}: {key}: no file {file}")
     config._folder = path.absolute().parent

@@ -5,28 +5,29 @@ import logging
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fleetprune.errors import ConfigError, TraceError
+from fleetprune.errors import BudgetError, ConfigError
 from fleetprune.graphmeta import noise
-from fleetprune.layout import Architecture
 from fleetprune.messages import Manifest
+from fleetprune.schedule import Curve
 from fleetprune_coordinator.artifacts import Artifact, accuracy, build
 from fleetprune_coordinator.config import FleetConfig
+from fleetprune_coordinator.describe import counted, describe
 from fleetprune_coordinator.events import EventLog
 from fleetprune_coordinator.graph_library import GraphLibrary, StepOptions, fingerprint
-from fleetprune_coordinator.graphs import export_infer
-from fleetprune_coordinator.onnx_costs import overhead_bytes
+from fleetprune_coordinator.initial_weights import frozen_parameters, load_initial
+from fleetprune_coordinator.int8 import Verdict, choose_file
 from fleetprune_coordinator.plan import Planner
 from fleetprune_coordinator.policy import Policy
 from fleetprune_coordinator.records import ReleaseRecord
@@ -35,12 +36,12 @@ from fleetprune_coordinator.releases import ReleaseContent, ReleaseRepository
 from fleetprune_coordinator.resize import read
 from fleetprune_coordinator.rounds import Rounds
 from fleetprune_coordinator.snapshot import Snapshot, Tensors
-from fleetprune_coordinator.tracing import trace
+from fleetprune_coordinator.tightening import Watch, narrowest_accuracy
+from fleetprune_coordinator.time_round import TimeRound
 
 log = logging.getLogger(__name__)
 
 GOLDEN_SAMPLES = 8  # enough to notice a wrong graph or a wrong kernel; a few hundred bytes each
-SHOWN = 3  # names that an error tells of many
 RELEASES = "releases"
 """Folder of the release repository below the state folder."""
 
@@ -75,6 +76,7 @@ class Coordinator:
         rounds: Callable[..., Rounds] = Rounds,
         exported: MutableMapping[str, bytes] | None = None,
         durable: bool = True,
+        times: bool = True,
     ) -> None:
         """Open the fleet's state and trace its model.
 
@@ -89,6 +91,8 @@ class Coordinator:
             exported: Graphs of this process's earlier coordinators, which this one adds to. The
                 user's code must not have changed since.
             durable: False: the registry survives a kill, but not a power cut.
+            times: Ask devices of classes with a limit of latency how long models take; False where
+                devices are simulated, whose time is this machine's.
 
         Raises:
             ConfigError: The model or a file it names cannot be loaded, or there are no keys.
@@ -102,15 +106,11 @@ class Coordinator:
         torch.manual_seed(config.training.seed)
         self.network = load_model(config)
         self._example = torch.zeros(1, *config.model.input_shape)
-        self.architecture = _traced(self.network, self._example, config)
-        self.test = _test_set(config)
-        dense = Planner(self.architecture, {}, schedule=config.schedule).dense
-        self.planner = Planner(
-            self.architecture,
-            {name: group.budget(dense) for name, group in config.classes.items()},
-            schedule=config.schedule,
-            multiple=config.pruning.channel_multiple,
-            allocation=config.pruning.allocation,
+        frozen = frozen_parameters(self.network, config.model.freeze)
+        self.architecture = describe(self.network, self._example, config)
+        self.test = _samples(config, "test")
+        self.planner = Planner.of(
+            config, self.architecture, counted=counted(self.network, self.architecture, config)
         )
         self.repository = ReleaseRepository(
             config.state / RELEASES, lambda: datetime.fromtimestamp(now(), UTC)
@@ -131,6 +131,7 @@ class Coordinator:
                 student_task_weight=config.training.student_task_weight,
                 mutual_weight=config.training.mutual_weight,
                 prior=config.training.adjust_logits * (config.model.loss == "cross_entropy"),
+                frozen=frozen,
             ),
             check_stop=check_stop,
             exported=exported,
@@ -142,23 +143,36 @@ class Coordinator:
                 ),
             ),
         )
-        self.rounds = rounds(
-            config.training,
-            self.architecture,
-            self.planner,
-            library,
-            registry=self.registry,
-            events=events,
-            run=self.registry.run,
-            policy=policy,
-        )
         params, stats = read(self.network)
         try:
-            _check_continues(self.registry.latest_snapshot(), params, config)
+            timing = None
+            if times:
+                timing = TimeRound(self.architecture, self.planner, library, self.registry)
+            self.rounds = rounds(
+                config.training,
+                self.architecture,
+                self.planner,
+                library,
+                registry=self.registry,
+                events=events,
+                run=self.registry.run,
+                policy=policy,
+                watch=self._watch(),
+                ranges=bool(config.pruning.int8),
+                timing=timing,
+            )
+            check_continues(self.registry.latest_snapshot(), params, config)
             self.rounds.start(params, stats, trained=config.model.initial is not None)
         except BaseException:
             self.registry.close()
             raise
+
+    def _watch(self) -> Watch | None:
+        """What a dynamic schedule looks at, beside the loss."""
+        known = _samples(self.config, "validation")
+        if known is None or self.config.schedule.curve is not Curve.DYNAMIC:
+            return None
+        return narrowest_accuracy(self.network, self.architecture, known.x, known.y)
 
     def __enter__(self) -> Self:
         return self
@@ -179,10 +193,30 @@ class Coordinator:
 
     def artifact(self, name: str) -> Artifact:
         """A class's model as it would be shipped now; BudgetError if it is over its budget."""
+        return self._judged(name)[0]
+
+    def _judged(self, name: str) -> tuple[Artifact, Verdict | None]:
+        """A class's artifact; and how quantising it went, if that is wanted."""
         self._check_stop()
         built = build(self.network, self.architecture, self.rounds.model, name, self._golden())
-        self.planner.check(name, built.costs)
-        return built
+        pruning, verdict = self.config.pruning, None
+        if pruning.int8:
+            built, verdict = choose_file(
+                built,
+                self.rounds.ranges.get(name),
+                self._golden() if self.test is None else self.test.x,
+                None if self.test is None else self.test.y,
+                wanted=pruning.int8,
+                most_lost=pruning.int8_loss,
+                budget=self.planner.budgets[name],
+            )
+        try:
+            self.planner.check(name, built.costs)
+        except BudgetError as e:
+            if verdict is None or verdict.int8:
+                raise
+            raise BudgetError(f"{e}; its file is not quantised: {verdict.reason}") from e
+        return built, verdict
 
     def accuracy(self, artifact: Artifact) -> float | None:
         """On the test set; None if there is none."""
@@ -196,7 +230,8 @@ class Coordinator:
         Where every class's file is byte for byte the one that is out already (a coordinator that
         was restarted after its release), nothing is published and that release stands.
         """
-        artifacts = {name: self.artifact(name) for name in self.config.classes}
+        judged = {name: self._judged(name) for name in self.config.classes}
+        artifacts = {name: artifact for name, (artifact, _) in judged.items()}
         standing = {name: self.repository.manifest(name) for name in artifacts}
         manifests = {
             name: manifest
@@ -205,7 +240,7 @@ class Coordinator:
         }
         if manifests.keys() != artifacts.keys():
             manifests = self._publish(artifacts)
-        self._note(manifests)
+        self._note(manifests, {name: verdict for name, (_, verdict) in judged.items()})
         return {name: Released(m, artifacts[name]) for name, m in manifests.items()}
 
     def _publish(self, artifacts: Mapping[str, Artifact]) -> dict[str, Manifest]:
@@ -215,6 +250,7 @@ class Coordinator:
                 onnx=artifact.onnx,
                 golden=artifact.golden,
                 input_shape=config.model.input_shape,
+                tolerance=artifact.tolerance,
                 max_latency_ms=config.classes[name].latency_ms,
                 labels=config.model.labels,
                 macs=artifact.costs.macs,
@@ -228,7 +264,9 @@ class Coordinator:
         self._check_stop()
         return self.repository.publish_release(self.repository.latest_release() + 1, contents)
 
-    def _note(self, manifests: Mapping[str, Manifest]) -> None:
+    def _note(
+        self, manifests: Mapping[str, Manifest], verdicts: Mapping[str, Verdict | None]
+    ) -> None:
         """Record a release that is out and tell of it, unless that was done before a restart."""
         known = {(r.number, r.device_class) for r in self.registry.releases()}
         new = [m for m in manifests.values() if (m.release, m.device_class) not in known]
@@ -239,7 +277,7 @@ class Coordinator:
             "release",
             number=max(m.release for m in manifests.values()),
             classes={
-                n: {"bytes": m.size, "macs": m.macs, "accuracy": m.accuracy}
+                n: {"bytes": m.size, "macs": m.macs, "accuracy": m.accuracy} | _told(verdicts[n])
                 for n, m in manifests.items()
             },
         )
@@ -251,6 +289,11 @@ class Coordinator:
         shape = (GOLDEN_SAMPLES, *self.config.model.input_shape)
         unit = math.sqrt(3) * noise(math.prod(shape), seed=1)  # variance 1, as after scaling
         return unit.astype(np.float32).reshape(shape)
+
+
+def _told(verdict: Verdict | None) -> dict[str, Any]:
+    """What an event says of quantising."""
+    return {} if verdict is None else {"int8": asdict(verdict)}
 
 
 def _digest(artifact: Artifact) -> str:
@@ -274,61 +317,13 @@ def load_model(config: FleetConfig) -> nn.Module:
             f"expected a torch.nn.Module"
         )
     if config.model.initial is not None:
-        _load_initial(model, config.model.initial, config.model.factory)
+        load_initial(
+            model, config.model.initial, factory=config.model.factory, head=config.model.head
+        )
     return model
 
 
-def _load_initial(model: nn.Module, path: Path, factory: str) -> None:
-    """Give a model its initial weights; ConfigError if there are none, or they do not fit."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # of any other file, torch raises whatever its bytes lead to
-        raise _no_weights(path) from e
-    if not isinstance(state, Mapping):
-        raise _no_weights(path)
-    if not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise _no_weights(path)
-    try:
-        model.load_state_dict(state)
-    except Exception as e:
-        difference = _difference(model.state_dict(), state) or f"it fails: {e}"
-        raise ConfigError(
-            f"model.initial {path} does not fit the model: {difference}; "
-            f"expected a state_dict of {factory} with these arguments"
-        ) from e
-
-
-def _no_weights(path: Path) -> ConfigError:
-    return ConfigError(
-        f"model.initial {path} is no state_dict of tensors alone: save it with "
-        "torch.save(model.state_dict(), path)"
-    )
-
-
-def _difference(wanted: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> str:
-    """How a state_dict differs from a model's own, in a few words; "" if in no name or shape."""
-    shapes = [
-        f"{name} {tuple(got[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in got and got[name].shape != value.shape
-    ]
-    parts = []
-    if lacking := [name for name in wanted if name not in got]:
-        parts.append(f"lacks {_first(lacking)}")
-    if others := [name for name in got if name not in wanted]:
-        parts.append(f"has {_first(others)} besides")
-    if shapes:
-        parts.append(f"has {_first(shapes)}")
-    return f"it {', and '.join(parts)}" if parts else ""
-
-
-def _first(names: Sequence[str]) -> str:
-    """The first few of some names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
-
-
-def _check_continues(snapshot: Snapshot | None, params: Tensors, config: FleetConfig) -> None:
+def check_continues(snapshot: Snapshot | None, params: Tensors, config: FleetConfig) -> None:
     """ConfigError if the fleet's state is another model's, or that of other device classes."""
     if snapshot is None:
         return
@@ -346,42 +341,32 @@ def _check_continues(snapshot: Snapshot | None, params: Tensors, config: FleetCo
         )
 
 
-def _traced(model: nn.Module, example: torch.Tensor, config: FleetConfig) -> Architecture:
-    """The model as plain data, with the file's overhead measured on the dense export."""
-    architecture = trace(model, example)
-    if architecture.classes != config.model.outputs:
-        raise TraceError(
-            f"the model has {architecture.classes} outputs, "
-            f"but fleet.toml names {config.model.outputs} classes"
-        )
-    overhead = overhead_bytes(model, architecture, example, lambda m, x: export_infer(m, x).onnx)
-    return architecture.model_copy(update={"overhead_bytes": overhead})
-
-
 def _loss(config: FleetConfig) -> Any:
     loss = config.model.loss
     return loss if loss == "cross_entropy" else config.import_object(loss, "model.loss")
 
 
-def _test_set(config: FleetConfig) -> TestSet | None:
-    path = config.data.test
+def _samples(config: FleetConfig, key: Literal["test", "validation"]) -> TestSet | None:
+    """What the coordinator itself has; ConfigError if it is damaged or of another model."""
+    path: Path | None = getattr(config.data, key)
     if path is None:
         return None
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             x, y = file["x"].astype(np.float32), file["y"].astype(np.int64)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-        raise ConfigError(f"data.test {path}: expected an .npz with x and y: {e}") from e
+        raise ConfigError(f"data.{key} {path}: expected an .npz with x and y: {e}") from e
     if x.shape[1:] != config.model.input_shape or y.shape != x.shape[:1] or not x.size:
         raise ConfigError(
-            f"data.test {path}: x of shape {x.shape} and y of {y.shape}, "
+            f"data.{key} {path}: x of shape {x.shape} and y of {y.shape}, "
             f"expected (n, {', '.join(map(str, config.model.input_shape))}) and (n,)"
         )
     if not np.isfinite(x).all():
-        raise ConfigError(f"data.test {path}: x has values that are not finite")
+        raise ConfigError(f"data.{key} {path}: x has values that are not finite")
     if y.min() < 0 or y.max() >= config.model.outputs:
         raise ConfigError(
-            f"data.test {path}: labels {y.min()}..{y.max()}, expected 0..{config.model.outputs - 1}"
+            f"data.{key} {path}: labels {y.min()}..{y.max()}, "
+            f"expected 0..{config.model.outputs - 1}"
         )
     return TestSet(x, y)
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fleetprune.layout import Architecture, KeepCounts, Role, axis_indices
+from fleetprune.criteria import Criterion, Needs, Tensors, locate, makers, needs
+from fleetprune.layout import Architecture, Gate, KeepCounts, Role, axis_indices
 from fleetprune.messages import GraphRef
 from fleetprune_coordinator.gram import measured
 from fleetprune_coordinator.graphs import (
@@ -19,10 +20,16 @@ from fleetprune_coordinator.graphs import (
     GateMember,
     Graph,
     Student,
+    export_infer,
     export_observe,
+    export_ranges,
     export_train_step,
+    finished,
+    graph_meta,
 )
+from fleetprune_coordinator.graphs.weightless import weightless
 from fleetprune_coordinator.resize import resize
+from fleetprune_coordinator.synflow import flow_gradients
 
 log = logging.getLogger(__name__)
 
@@ -49,31 +56,35 @@ class StepOptions:
     mutual_weight: float = 0.5
     prior: float = 1.0
     """How far devices adjust logits by their own label frequencies (classification only)."""
+    frozen: tuple[str, ...] = ()
+    """Parameters that are not trained."""
 
 
-def gate_members(architecture: Architecture, keep: KeepCounts) -> list[list[GateMember]]:
-    """Per group, in order, the tensors whose Taylor score counts, at their place under `keep`."""
+ON_GATES = frozenset({Criterion.TAYLOR, Criterion.TAYLOR_ABS})
+"""Criteria that sum over a unit's gates; the others sum over the weights that make it."""
+
+
+def gate_members(
+    architecture: Architecture, keep: KeepCounts, criterion: Criterion = Criterion.TAYLOR
+) -> list[list[GateMember]]:
+    """Per group, in order, the tensors over which a criterion sums, at their place under `keep`."""
+    places = architecture.gates if criterion in ON_GATES else makers(architecture)
     return [
         [
             member
-            for gate in architecture.gates.get(group, ())
-            if (member := _member(architecture, keep, gate.tensor, gate.axis, gate.start))
+            for gate in places.get(group, ())
+            if (member := _member(architecture, keep, gate)) is not None
         ]
         for group in architecture.groups
     ]
 
 
-def _member(
-    architecture: Architecture, keep: KeepCounts, tensor: str, axis: int, start: int
-) -> GateMember | None:
-    dense = narrow = 0
-    for segment in architecture.tensor(tensor).axes[axis]:
-        units = segment.kept(keep)
-        if dense == start:
-            return GateMember(tensor, axis, narrow, units, segment.block)
-        dense += segment.units * segment.block
-        narrow += units * segment.block
-    return None
+def _member(architecture: Architecture, keep: KeepCounts, gate: Gate) -> GateMember | None:
+    found = locate(architecture.tensor(gate.tensor).axes[gate.axis], gate.start, keep)
+    if found is None:
+        return None
+    start, segment = found
+    return GateMember(gate.tensor, gate.axis, start, segment.kept(keep), segment.block)
 
 
 def student_index(
@@ -154,6 +165,7 @@ class GraphLibrary:
         self._exported = {} if exported is None else exported
         self._identity = identity
         self._made: dict[str, GraphRef] = {}
+        self._lengths: dict[str, int] = {}
 
     def train_steps(
         self,
@@ -162,6 +174,7 @@ class GraphLibrary:
         block: int,
         *,
         fixed: bool = False,
+        criterion: Criterion = Criterion.NONE,
     ) -> tuple[GraphRef, ...]:
         """Training graphs of a shape.
 
@@ -171,34 +184,52 @@ class GraphLibrary:
             block: Channel block of the device's runtime; 0: portable operators.
             fixed: BatchNorm normalises by the statistics that come with the model: its own, then
                 those of each partner in turn.
+            criterion: What graphs say of units, if it is one that needs gradients.
 
         Returns:
             References to the published graphs, one per partner.
         """
         inside = [dict(partner) for partner in partners if partner is not None]
         among = inside if fixed else None
-        return tuple(self._train_step(keep, partner, block, among) for partner in partners)
+        scores = criterion if needs(criterion) is Needs.BACKWARD else Criterion.NONE
+        return tuple(self._train_step(keep, partner, block, among, scores) for partner in partners)
 
-    def observe(self, keep: KeepCounts, *, gram: bool = False) -> GraphRef:
-        """The graph that sums squares and BatchNorm moments for a shape.
+    def observe(self, keep: KeepCounts, criterion: Criterion = Criterion.NONE) -> GraphRef:
+        """The graph that sums BatchNorm moments, and what a criterion needs of inputs.
 
         Args:
             keep: The shape.
-            gram: Sum products of inputs too (see `gram`).
+            criterion: If it needs forward passes: sums of squares, of zeros, or of products.
         """
-        crossed = measured(self._architecture) if gram else ()
+        architecture = self._architecture
+        crossed = measured(architecture) if criterion is Criterion.RECONSTRUCTION else ()
 
         def export() -> Graph:
             return export_observe(
-                resize(self._model, self._architecture, keep),
+                resize(self._model, architecture, keep),
                 self._example,
                 batch=self._options.batch,
-                observed=self._architecture.observed,
+                observed=architecture.observed if criterion is Criterion.WANDA else (),
+                counted=architecture.observed if criterion is Criterion.APOZ else (),
                 crossed=crossed,
             )
 
-        kind = "gram" if gram else "observe"
-        return self._once(export, kind=kind, keep=dict(keep))
+        sums = criterion if needs(criterion) is Needs.FORWARD else Criterion.NONE
+        return self._once(export, kind="observe", keep=dict(keep), criterion=sums)
+
+    def timed(self, keep: KeepCounts) -> GraphRef:
+        """The inference graph of a shape without its weights, for devices to time."""
+
+        def export() -> Graph:
+            small = resize(self._model, self._architecture, keep).eval()
+            whole = export_infer(small, self._example)
+            return finished(weightless(whole.onnx), whole.meta)
+
+        return self._once(export, kind="timed", keep=dict(keep))
+
+    def flow(self, params: Tensors) -> Tensors:
+        """The gradient of SynFlow's R at other parameters (see `synflow.flow_gradients`)."""
+        return flow_gradients(self._model, self._example, params)
 
     def _train_step(
         self,
@@ -206,9 +237,14 @@ class GraphLibrary:
         keep: KeepCounts | None,
         block: int,
         among: Sequence[dict[str, int]] | None,
+        criterion: Criterion,
     ) -> GraphRef:
         def export() -> Graph:
             options = self._options
+            scores: dict[str, Any] = {}
+            if criterion is not Criterion.NONE:
+                members = gate_members(self._architecture, wide, criterion)
+                scores = {"gates": members, "criterion": criterion}
             student = fixed = None
             if among is not None:
                 narrower = [resize(self._model, self._architecture, shape) for shape in among]
@@ -229,15 +265,26 @@ class GraphLibrary:
                 momentum=options.momentum,
                 weight_decay=options.weight_decay,
                 block=block,
-                gates=gate_members(self._architecture, wide),
+                **scores,
                 student=student,
                 prior=options.prior,
+                frozen=options.frozen,
                 fixed=fixed,
             )
 
         partner = dict(keep) if keep is not None else None
         key = {"keep": dict(wide), "student": partner, "block": block, "fixed": among}
-        return self._once(export, kind="train", **key)
+        return self._once(export, kind="train", criterion=criterion, **key)
+
+    def ranges(self, keep: KeepCounts) -> tuple[GraphRef, int]:
+        """The graph that counts the values of a shape's file, and the length of what it counts."""
+
+        def export() -> Graph:
+            small = resize(self._model, self._architecture, keep)
+            return export_ranges(small, self._example, batch=self._options.batch)
+
+        ref = self._once(export, kind="ranges", keep=dict(keep))
+        return ref, self._lengths[ref.sha256]
 
     def _once(self, export: Callable[[], Graph], **key: Any) -> GraphRef:
         of = {"model": self._identity, "options": _plain(self._options), **key}
@@ -247,7 +294,10 @@ class GraphLibrary:
                 self._check_stop()
                 self._exported[digest] = export().onnx
                 log.info("exported %s graph of %d bytes", key["kind"], len(self._exported[digest]))
-            self._made[digest] = self._store.publish_graph(self._exported[digest])
+            ref = self._store.publish_graph(self._exported[digest])
+            self._made[digest] = ref
+            if key["kind"] == "ranges":
+                self._lengths[ref.sha256] = graph_meta(self._exported[digest]).ranges
         return self._made[digest]
 
 

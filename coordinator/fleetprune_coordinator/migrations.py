@@ -169,3 +169,37 @@ def m0003_releases(db: Database) -> None:
 def m0004_meta(db: Database) -> None:
     """What is true of the registry as a whole."""
     db.create_table("meta", {"key": str, "value": str}, pk="key", not_null={"value"})
+
+
+@migrations()
+def m0005_latencies(db: Database) -> None:
+    """What devices of each class measured with each version of a runtime, per shape."""
+    db.create_table(
+        "latency_tables",
+        {
+            "class": str,
+            "runtime": str,
+            "version": str,
+            "model": str,
+            "devices": int,
+            "measured_at": float,
+        },
+        pk=("class", "runtime", "version"),
+        foreign_keys=[("class", "classes", "name")],
+        not_null={"model", "devices", "measured_at"},
+    )
+    db.create_table(
+        "latency_points",
+        {
+            "id": int,
+            "class": str,
+            "runtime": str,
+            "version": str,
+            "keep": str,
+            "median_ms": float,
+            "spread_ms": float,
+        },
+        pk="id",
+        not_null={"class", "runtime", "version", "keep", "median_ms", "spread_ms"},
+    )
+    _index(db, "latency_points", "class", "runtime", "version")

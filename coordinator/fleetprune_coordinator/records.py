@@ -14,6 +14,8 @@ from fleetprune.messages import Task, Telemetry
 class Phase(StrEnum):
     """What a round is for."""
 
+    TIME = "time"
+    """Before everything else: how long models take on classes with a limit of latency."""
     SCORE = "score"
     """Before the first training round of a model that comes trained: which units matter."""
     TRAIN = "train"

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetprune.criteria import Scores
-from fleetprune.errors import FleetpruneError, TransportError
-from fleetprune.layout import Architecture, Order, Role
+from fleetprune.criteria import MEASURED, Criterion, Needs, Scores, needs
+from fleetprune.errors import BudgetError, FleetpruneError, TransportError
+from fleetprune.layout import Architecture, KeepCounts, Order, Role
 from fleetprune.messages import Blob, GraphRef, Task, TaskKind
 from fleetprune.model_payload import encode_model
 from fleetprune.result import Result, decode_result
+from fleetprune.schedule import regrowth
 from fleetprune_coordinator.bounds import Bounds, length
 from fleetprune_coordinator.cohort import choose
 from fleetprune_coordinator.config import TrainingConfig
@@ -28,7 +29,7 @@ from fleetprune_coordinator.fleet_model import FleetModel, Tensors, initial_mode
 from fleetprune_coordinator.gram import GramSums, reordered
 from fleetprune_coordinator.graph_library import GraphLibrary
 from fleetprune_coordinator.intake import Intake
-from fleetprune_coordinator.ledger import MEASURED, Criterion, Ledger
+from fleetprune_coordinator.ledger import Ledger
 from fleetprune_coordinator.plan import Planner
 from fleetprune_coordinator.policy import Policy
 from fleetprune_coordinator.reconstruction import reconstruction, refit
@@ -42,6 +43,9 @@ from fleetprune_coordinator.records import (
 )
 from fleetprune_coordinator.registry import Registry
 from fleetprune_coordinator.snapshot import Snapshot
+from fleetprune_coordinator.tightening import Tightening, Watch
+from fleetprune_coordinator.time_round import TimeRound
+from fleetprune_coordinator.value_ranges import RangeSums
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +57,11 @@ CALIBRATED = 1e-3
 SCORES, GRAMS = 0, 1
 """Steps of a trained model's measuring round: its units' scores, then its layers' Gram matrices."""
 
+RANGES = 0
+"""The last step of calibration, where files are to be quantised; the others count from 1."""
+
 _NORM = "norm/"
+_RANGES = "ranges/"
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,9 @@ class Rounds:
         events: EventLog,
         run: str,
         policy: Policy | None = None,
+        watch: Watch | None = None,
+        ranges: bool = False,
+        timing: TimeRound | None = None,
     ) -> None:
         """Prepare; call `start` next.
 
@@ -100,6 +111,9 @@ class Rounds:
             events: Where progress is told.
             run: A name for this training, part of every task id.
             policy: What is sent and trained; None: ours.
+            watch: The accuracy that a dynamic schedule must not lose; None: it goes by loss alone.
+            ranges: Measure at the end which values each class's file works with.
+            timing: Asks devices how long models take; None: nobody is asked.
         """
         self._settings = settings
         self._policy = policy or Policy()
@@ -110,6 +124,11 @@ class Rounds:
         self._events = events
         self._run = run
         self._calibrated = False
+        self._tightening = Tightening(planner.schedule, watch)
+        self._timing = timing
+        self._ranged = ranges
+        self.ranges: dict[str, NDArray[np.float32]] = {}
+        """Per class (tensors, 2), as `quantise` takes them; of the model as it stands."""
         self._silent = 0
         self._norms: dict[str, float] = {}
 
@@ -126,7 +145,9 @@ class Rounds:
         self._measuring = self._measuring_steps() if trained else ()
         if snapshot is None:
             scores = {g: np.zeros(n, np.float32) for g, n in architecture.groups.items()}
-            self.ledger = Ledger(architecture, architecture.groups)
+            self.ledger = self._new_ledger(architecture.groups)
+            if self._settings.remask_every and needs(self._settings.criterion) is Needs.NOTHING:
+                self.ledger.scores(self._settings.criterion, params)  # refused now or never
             first = self._settings.first_criterion
             if trained:
                 later = first in MEASURED or first is Criterion.RECONSTRUCTION
@@ -134,7 +155,7 @@ class Rounds:
             self.model = initial_model(architecture, params, stats, self._planner.shapes(1, scores))
             if trained:
                 self.model, _ = remask(architecture, self.model, scores, self.model.shapes)
-            self.ledger = Ledger(architecture, self._smallest())
+            self.ledger = self._new_ledger(self._smallest())
             self._begin()
             self._registry.save_mask(self._mask(0), self._snapshot(0))
             return
@@ -146,14 +167,31 @@ class Rounds:
             origin=dict(mask.order),
             mask_version=mask.version,
         )
-        self.ledger = Ledger.from_arrays(architecture, self._smallest(), snapshot.ledger)
+        self.ledger = self._new_ledger(self._smallest(), snapshot.ledger)
         self._calibrated = bool(snapshot.extra.get("calibrated", np.zeros(1)).any())
+        self.ranges = ranges_in(snapshot)
+        self._tightening.restore(snapshot.extra)
         self._norms = {
             name.removeprefix(_NORM): float(value[0])
             for name, value in snapshot.extra.items()
             if name.startswith(_NORM)
         }
         self._resume(snapshot)
+        begun = any(r.phase is not Phase.TIME for r in self._registry.rounds())
+        if self._planner.latency and not begun and self._recut():
+            self._registry.save_mask(self._mask(0), self._snapshot(0))
+
+    def _new_ledger(
+        self, smallest: KeepCounts, arrays: Mapping[str, NDArray[np.float64]] | None = None
+    ) -> Ledger:
+        """One that holds `arrays`, or nothing."""
+        return Ledger.from_arrays(
+            self._architecture,
+            smallest,
+            arrays or {},
+            merge=self._settings.score_merge,
+            flow=self._library.flow,
+        )
 
     def _begin(self) -> None:
         """What else a new training starts from; it goes into the first snapshot."""
@@ -185,8 +223,14 @@ class Rounds:
             )
             before += [key for key in steps if key not in seen]
         left = before + [key for key in left if key.number > at]
+        last = RoundKey(Phase.CALIBRATE, settings.rounds, RANGES)
+        if self._ranged and last not in seen:
+            left.append(last)
         measuring = [RoundKey(Phase.SCORE, 0, step) for step in self._measuring]
         left = [key for key in measuring if key not in seen] + left
+        times = RoundKey(Phase.TIME, 0)
+        if self._timing is not None and self._timing.wanted and times not in seen:
+            left.insert(0, times)
         return [key for key, r in seen.items() if r.state is RoundState.OPEN] + left
 
     def _measuring_steps(self) -> tuple[int, ...]:
@@ -207,11 +251,13 @@ class Rounds:
             return
         devices = self._registry.devices()
         for name, keep in self.model.shapes.items():
-            self._library.observe(keep)
+            self._library.observe(keep, self._settings.criterion)
+            if self._ranged:
+                self._library.ranges(keep)
             trainers = [d for d in devices if d.device_class == name and d.trains]
             for block in sorted({0} | {d.block for d in trainers}) if trainers else ():
                 for fixed in {False, self._calibration_round < self._settings.rounds}:
-                    self._train_steps(name, block, fixed=fixed)
+                    self._train_steps(name, block, self._settings.criterion, fixed=fixed)
 
     @property
     def _calibration_round(self) -> int:
@@ -226,9 +272,17 @@ class Rounds:
     def _partners(self, name: str) -> list[dict[str, int] | None]:
         return self._policy.partners(self._settings, self.model.shapes, name)
 
-    def _train_steps(self, name: str, block: int, *, fixed: bool) -> tuple[GraphRef, ...]:
-        keep = self.model.shapes[name]
-        return self._library.train_steps(keep, self._partners(name), block, fixed=fixed)
+    def _criterion(self, key: RoundKey) -> Criterion:
+        """What devices are asked for in a round."""
+        if key.phase is not Phase.SCORE:
+            return self._settings.criterion
+        return self._settings.first_criterion if key.step == SCORES else Criterion.RECONSTRUCTION
+
+    def _train_steps(
+        self, name: str, block: int, criterion: Criterion, *, fixed: bool
+    ) -> tuple[GraphRef, ...]:
+        keep, partners = self.model.shapes[name], self._partners(name)
+        return self._library.train_steps(keep, partners, block, fixed=fixed, criterion=criterion)
 
     def begin(self) -> list[Assignment]:
         """Open the next round, or find the one that was open; empty when there is none left."""
@@ -259,9 +313,12 @@ class Rounds:
 
         def train_steps(name: str, block: int) -> tuple[GraphRef, ...]:
             if (name, block) not in graphs:
-                graphs[name, block] = self._train_steps(name, block, fixed=self._fixed(key))
+                criterion, fixed = self._criterion(key), self._fixed(key)
+                graphs[name, block] = self._train_steps(name, block, criterion, fixed=fixed)
             return graphs[name, block]
 
+        if key.phase is Phase.TIME:
+            return self._plan_timing()
         planned = []
         for device in self._cohort(key):
             for name in self._shapes_for(key, device):
@@ -276,6 +333,13 @@ class Rounds:
                 task = self._task(key, device, name, blob, train_steps)
                 planned.append(Assignment(device.id, task, model))
         return planned
+
+    def _plan_timing(self) -> list[Assignment]:
+        assert self._timing is not None
+        devices, version = self._registry.devices(), self.model.mask_version
+        limit = self._settings.round_timeout_s
+        planned = self._timing.plan(devices, self._run, version, limit)
+        return [Assignment(device.id, task, b"") for device, task in planned]
 
     def _knows(self, device: DeviceRecord) -> bool:
         """Whether a device has kept what the present mask version stands for."""
@@ -345,17 +409,20 @@ class Rounds:
         model: Blob,
         train_steps: Callable[[str, int], tuple[GraphRef, ...]],
     ) -> Task:
-        settings, shapes = self._settings, self.model.shapes
+        settings, shapes, criterion = self._settings, self.model.shapes, self._criterion(key)
         train = key.phase is not Phase.CALIBRATE and device.trains
         if key.phase is Phase.SCORE:
-            train &= key.step == SCORES and settings.first_criterion is not Criterion.WANDA
-        place = list(shapes).index(name)
+            train &= needs(criterion) is Needs.BACKWARD
+        place, listens, look = list(shapes).index(name), self._listens(key), None
         if train:
             graphs = train_steps(name, device.block)
             portable = train_steps(name, 0) if device.block else ()
+            if listens and needs(criterion) is Needs.FORWARD:
+                look = self._library.observe(shapes[name], criterion)
         else:
-            grams = key.phase is Phase.SCORE and key.step == GRAMS
-            graphs, portable = (self._library.observe(shapes[name], gram=grams),), ()
+            graphs, portable = (self._library.observe(shapes[name], criterion),), ()
+            if _is_ranges(key):
+                graphs = (self._library.ranges(shapes[name])[0],)
         seed = np.random.SeedSequence([settings.seed, key.number, key.step, device.id])
         return Task(
             task=f"{self._run}.{key.phase.value[0]}{key.number}.{key.step}.{device.id}.{place}",
@@ -366,6 +433,7 @@ class Rounds:
             shape=name,
             graphs=graphs,
             portable=portable,
+            look=look,
             model=model,
             epochs=settings.epochs,
             max_steps=settings.max_steps,
@@ -374,7 +442,8 @@ class Rounds:
             seed=int(seed.generate_state(1)[0]),
             codec=settings.codec,
             top_k=settings.top_k,
-            scores=self._listens(key),
+            scores=listens,
+            criterion=criterion,
             deadline_s=settings.round_timeout_s,
         )
 
@@ -415,6 +484,8 @@ class Rounds:
             record.task.task: record.task
             for record in self._registry.tasks(key.number, key.phase, step=key.step)
         }
+        if key.phase is Phase.TIME:
+            return self._finish_timing(key, answers, tasks)
         samples = self._registry.samples(task.device for task in tasks.values())
         bounds = self._bounds(samples.get(task.device, 1) for task in tasks.values())
         intake = self._intake(key, bounds)
@@ -429,8 +500,11 @@ class Rounds:
         self._norms = bounds.norms()
         if bounds.cut:
             log.warning("%d updates were cut: too long beside those before", bounds.cut)
+        self.ranges = {}  # of the model before the round
         mask = self._apply(key, intake, tasks.values())
         metrics = intake.metrics() | {"mask_version": self.model.mask_version}
+        if key.phase is Phase.TRAIN:
+            metrics |= self._tightening.metrics(key.number)
         self._registry.close_round(
             key.number,
             key.phase,
@@ -445,9 +519,36 @@ class Rounds:
             self._give_up_on_silence(key, trained=metrics["trained"])
         return metrics | {"phase": key.phase.value, "round": key.number, "step": key.step}
 
+    def _finish_timing(
+        self, key: RoundKey, answers: Iterable[bytes], tasks: Mapping[str, Task]
+    ) -> dict[str, Any]:
+        assert self._timing is not None
+        metrics = self._timing.take_in(answers, tasks)
+        unreachable = None
+        try:
+            self._timing.teach()
+        except BudgetError as e:  # what was measured holds for any other limit as well
+            unreachable = e
+        mask = self._mask(0) if self._recut() else None
+        metrics["mask_version"] = self.model.mask_version
+        self._registry.close_round(
+            0, key.phase, self._snapshot(0), step=key.step, mask=mask, metrics=metrics
+        )
+        if unreachable is not None:
+            raise unreachable
+        return metrics | {"phase": key.phase.value, "round": 0, "step": key.step}
+
+    def _recut(self) -> bool:
+        """Cut to what is known of latency by now; whether that changed anything."""
+        return self._reorder(self.ledger.scores(Criterion.NONE, self.model.params), 0) is not None
+
     def _intake(self, key: RoundKey, bounds: Bounds) -> Intake:
         """What adds up the answers of a round."""
-        return Intake(self._architecture, self.model, self.ledger, bounds)
+        intake = Intake(self._architecture, self.model, self.ledger, bounds)
+        if _is_ranges(key):
+            lengths = {n: self._library.ranges(keep)[1] for n, keep in self.model.shapes.items()}
+            intake.ranges = {name: RangeSums(length) for name, length in lengths.items()}
+        return intake
 
     def _read(self, answer: bytes) -> Result:
         """An unverified answer, taken apart; HostileInputError if it cannot be."""
@@ -472,6 +573,10 @@ class Rounds:
     def _apply(self, key: RoundKey, intake: Intake, asked: Iterable[Task]) -> MaskRecord | None:
         """Move the state on by the answers to the tasks `asked`; the record of a new mask."""
         model = self.model
+        if _is_ranges(key):
+            found = {name: sums.result() for name, sums in intake.ranges.items()}
+            self.ranges = {name: values for name, values in found.items() if values is not None}
+            return None
         self._calibrated = False
         with np.errstate(over="ignore", invalid="ignore"):  # refused on the next lines
             deltas, _ = intake.aggregate.result()
@@ -506,7 +611,7 @@ class Rounds:
         if key.phase is Phase.SCORE and key.step == GRAMS:
             return self._rebuild(intake)
         if key.phase is Phase.TRAIN:
-            scores = self._policy.scores(settings, number, self.ledger, self.model)
+            scores = self._new_scores(number, intake)
         elif self.ledger.ready(settings.first_criterion):
             scores = self.ledger.scores(settings.first_criterion, self.model.params)
         else:
@@ -514,11 +619,27 @@ class Rounds:
         order = None if scores is None else self._reorder(scores, number)
         return None if order is None else self._mask(number)
 
+    def _new_scores(self, number: int, intake: Intake) -> Scores | None:
+        """What units are worth, if masks change after a training round; else None."""
+        settings = self._settings
+        scores = None
+        if self._tightening.remasks(number):
+            scores = self._policy.scores(settings, number, self.ledger, self.model)
+        tighter = self._tightening.closed(number, intake.metrics()["loss"], self.model)
+        if scores is not None or not tighter:
+            return scores
+        if self.ledger.ready(settings.criterion):
+            return self.ledger.scores(settings.criterion, self.model.params)
+        return self.ledger.scores(Criterion.NONE, self.model.params)
+
     def _reorder(self, scores: Scores, number: int) -> Order | None:
         """Put the units in a new order; None if that changes nothing."""
-        shapes = self._planner.shapes(number + 1, scores)
+        shapes = self._planner.shapes(number + 1, scores, self._tightening.slack)
         before = self.model
-        self.model, order = remask(self._architecture, before, scores, shapes)
+        share = 1.0
+        if self._settings.regrow < 1 and number > 0:
+            share = regrowth(number, self._settings.final_remask, self._settings.regrow)
+        self.model, order = remask(self._architecture, before, scores, shapes, share)
         if self.model is before:
             return None
         self.ledger.reorder(order, self._smallest())
@@ -562,6 +683,8 @@ class Rounds:
             ledger=self.ledger.arrays(),
             extra={"calibrated": np.array([self._calibrated])}
             | {f"{_NORM}{name}": np.array([norm]) for name, norm in self._norms.items()}
+            | {f"{_RANGES}{name}": values for name, values in self.ranges.items()}
+            | self._tightening.arrays()
             | self._extra(),
         )
 
@@ -576,6 +699,19 @@ def _tries(records: Iterable[RoundRecord], number: int) -> int | None:
     if any(r.state is RoundState.OPEN or r.metrics.get("trained") for r in tries):
         return None
     return len(tries)
+
+
+def ranges_in(snapshot: Snapshot) -> dict[str, NDArray[np.float32]]:
+    """Per class what a snapshot knows of its file's values (see `Rounds.ranges`)."""
+    return {
+        name.removeprefix(_RANGES): value
+        for name, value in snapshot.extra.items()
+        if name.startswith(_RANGES)
+    }
+
+
+def _is_ranges(key: RoundKey) -> bool:
+    return key.phase is Phase.CALIBRATE and key.step == RANGES
 
 
 def _key(record: RoundRecord) -> RoundKey:

@@ -159,12 +159,12 @@ class Server:
         """Tell of a round, with the bytes that its devices sent and got."""
         up, down = self.count_traffic(metrics["round"])
         now = time.monotonic()
-        event = "round" if metrics["phase"] == "train" else "calibrate"
         training = self._coordinator.config.training
         fields = {k: v for k, v in metrics.items() if k != "phase"}
+        many = {"train": training.rounds, "calibrate": training.calibration_passes}
         self._events.emit(
-            event,
-            of=training.rounds if event == "round" else training.calibration_passes,
+            "round" if metrics["phase"] == "train" else metrics["phase"],
+            of=many.get(metrics["phase"], 1),
             seconds=round(now - self._last, 3),
             bytes_up=up,
             bytes_down=down,

@@ -38,6 +38,16 @@ SUB_COMMANDS = {
     "coordinator": SubCommand(
         "fleetprune_coordinator.commands", "coordinator", "Run a fleet's rounds and releases."
     ),
+    "plan": SubCommand(
+        "fleetprune_coordinator.plan_command",
+        "coordinator",
+        "Show what each class would keep, without training.",
+    ),
+    "export": SubCommand(
+        "fleetprune_coordinator.export_command",
+        "coordinator",
+        "Write a class's model as a file for other tools.",
+    ),
     "simulate": SubCommand(
         "fleetprune_sim.simulate_command", "sim", "Train a fleet in silico and compare methods."
     ),

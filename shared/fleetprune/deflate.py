@@ -17,10 +17,11 @@ def deflate(data: bytes, *, match: bool) -> bytes:
 
     Args:
         data: Any bytes.
-        match: Look for repeats too. False: Huffman codes alone, for data with a skewed
-            distribution but few repeats, where matching costs time and bytes.
+        match: Look for repeats too. False: Huffman codes and runs of one byte alone, for data with
+            a skewed distribution but few repeats, where matching costs time and bytes. Runs cost
+            no time to look for, and are what frozen layers' changes of zero are.
     """
-    strategy = zlib.Z_DEFAULT_STRATEGY if match else zlib.Z_HUFFMAN_ONLY
+    strategy = zlib.Z_DEFAULT_STRATEGY if match else zlib.Z_RLE
     deflater = zlib.compressobj(wbits=_RAW, strategy=strategy)
     return deflater.compress(data) + deflater.flush()
 

@@ -93,9 +93,13 @@ class GraphMeta(_Plain):
     statistics: int = 0
     """Length of `stats`; 0: there is no such input."""
     units: int = 0
-    """Length of the output `taylor`; 0: there is none."""
+    """Length of the output `scores`; 0: there is none."""
+    criterion: str = ""
+    """What the output `scores` holds, by its name in `criteria`."""
     observed: int = 0
-    """Length of the output `sumsq`; 0: there is none."""
+    """Length of the outputs `sumsq` and `zeros`, where they are; 0: there is neither."""
+    ranges: int = 0
+    """Length of the output `ranges`; 0: there is none."""
     classes: int = 0
     """Length of the input `prior`; 0: there is no such input."""
     momentum: float = 0.0

@@ -110,6 +110,10 @@ class TaskKind(StrEnum):
 
     TRAIN = "train"
     OBSERVE = "observe"
+    TIME = "time"
+    """How long each of the graphs takes here. They are timed in turn: `epochs` is how often each is
+    visited and `max_steps` the timed runs of a visit (0: as the device sees fit); `model` is empty.
+    """
 
 
 class Codec(StrEnum):
@@ -146,6 +150,9 @@ class Task(Message):
     """Alternatives: a training device draws one of them per step (self-distillation partners)."""
     portable: tuple[GraphRef, ...] = ()
     """The same graphs with portable operators, for where the fast ones do not verify."""
+    look: GraphRef | None = None
+    """Of a training task: also run this observing graph on the received model, and send what it
+    says of importance."""
     model: Blob
     """A frame of kind MODL: parameters and BatchNorm statistics of that shape."""
     epochs: Count = 1
@@ -159,8 +166,10 @@ class Task(Message):
     top_k: float = Field(default=1.0, gt=0, le=1)
     """Share of values sent; 1: all (then no positions travel)."""
     scores: bool = True
-    """Whether the answer is to hold importance scores: Taylor of training, activation sums of
-    observing."""
+    """Whether the answer is to hold what tells importance: what the graphs' outputs `scores`,
+    `sumsq`, `zeros` and `gram` add up to, as far as they have them."""
+    criterion: str = Field(default="taylor", max_length=64)
+    """Which importance criterion that is for, by its name in `criteria`; a device need not know."""
     deadline_s: float = Field(default=600.0, gt=0, le=MAX_DEADLINE_S)
     """Seconds from the announcement after which an answer is no longer used."""
 
@@ -185,8 +194,11 @@ class ResultHeader(Message):
     """Header of a frame of kind RSLT.
 
     Sections (little-endian float32 vectors but `update`): `update` a `SparseUpdate`, `stats`
-    (S,) BatchNorm statistics after training, `taylor` (U,) sums over steps, `sumsq` (Q,),
-    `bn_sum` and `bn_sumsq` (S/2,), `bn_count` (number of BatchNorms,), `gram` (K,).
+    (S,) BatchNorm statistics after training, `scores` (U,) sums over steps of what the graph says
+    of each unit, `sumsq` and `zeros` (Q,) over the inputs of the observed weights, `bn_sum` and
+    `bn_sumsq` (S/2,), `bn_count` (number of BatchNorms,), `gram` (K,), `ranges` (T,) counts of
+    values by size, and of a timing task `median_ms` and `spread_ms` (graphs,), of one sample and
+    between the quartiles of its runs.
     """
 
     task: Name
@@ -200,6 +212,9 @@ class ResultHeader(Message):
     correct: Count | None = None
     """Correctly classified of `samples` (observe tasks)."""
     train_s: float = Field(default=0.0, ge=0)
+    runtime: Line = Field(default="", max_length=64)
+    """What ran the graphs of a timing task, and its version."""
+    runtime_version: Line = Field(default="", max_length=64)
     rss_mb: float = Field(default=0.0, ge=0)
 
 

@@ -13,7 +13,10 @@ from fleetprune.messages import Codec, ResultHeader
 from fleetprune.values import check_vector, encode_values
 
 KIND: Final = "RSLT"
-VECTORS: Final = frozenset({"stats", "taylor", "sumsq", "bn_sum", "bn_sumsq", "bn_count", "gram"})
+VECTORS: Final = frozenset(
+    {"stats", "scores", "sumsq", "zeros", "bn_sum", "bn_sumsq", "bn_count", "gram", "ranges"}
+    | {"median_ms", "spread_ms"}
+)
 """Sections that are float32 vectors; `ResultHeader` says what they hold."""
 
 

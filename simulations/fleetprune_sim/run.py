@@ -15,6 +15,7 @@ import torch
 
 from fleetprune.errors import TransportError
 from fleetprune.messages import Enrol, GraphRef, Task, TaskKind
+from fleetprune.schedule import Curve
 from fleetprune_agent.runtime import probe_block
 from fleetprune_coordinator.config import FleetConfig
 from fleetprune_coordinator.coordinator import RELEASES, Coordinator
@@ -106,6 +107,7 @@ class Simulation:
                 rounds=self.method.rounds(wanted.config),
                 exported=self._exported,
                 durable=False,
+                times=False,
             )
         )
         self._enrol()
@@ -143,9 +145,15 @@ class Simulation:
         if not test.exists():
             save_whole(test, {"x": self.fleet.x_test, "y": self.fleet.y_test})
         config = self.plan.config
+        data = {"test": test}
+        if config.schedule.curve is Curve.DYNAMIC:
+            data["validation"] = self.folder / FOLDER / "validation.npz"
+            if not data["validation"].exists():
+                judged = {"x": self.fleet.x_validation, "y": self.fleet.y_validation}
+                save_whole(data["validation"], judged)
         update = {
             "state": self.folder / STATE,
-            "data": config.data.model_copy(update={"test": test}),
+            "data": config.data.model_copy(update=data),
         }
         return config.model_copy(update=update)
 
@@ -242,7 +250,8 @@ class Simulation:
             return own * samples
         steps = task.epochs * -(-samples // training.batch)
         steps = min(steps, task.max_steps) if task.max_steps else steps
-        return TRAINING * (own + taught) * steps * training.batch
+        looked = own * samples if task.look is not None else 0.0
+        return TRAINING * (own + taught) * steps * training.batch + looked
 
     def _macs(self, task: Task) -> tuple[float, float]:
         """Of one sample: of the task's model, and in the mean of what it teaches."""
@@ -257,7 +266,8 @@ class Simulation:
         return self._known_macs[key]
 
     def _graph_bytes(self, task: Task) -> Mapping[str, int]:
-        return {ref.sha256: self._graph_size(ref) for ref in task.graphs}
+        looks = () if task.look is None else (task.look,)
+        return {ref.sha256: self._graph_size(ref) for ref in (*task.graphs, *looks)}
 
     def _graph_size(self, ref: GraphRef) -> int:
         if ref.sha256 not in self._graph_sizes:

@@ -21,11 +21,17 @@ BATCH = 3
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
 
-def step(direction: Sequence[float] = (1.0, 2.0), *, batch: int = BATCH, block: int = 0) -> bytes:
+def step(
+    direction: Sequence[float] = (1.0, 2.0),
+    *,
+    batch: int = BATCH,
+    block: int = 0,
+    criterion: str = "taylor",
+) -> bytes:
     """A step of a model with 2 parameters, 2 statistics and 2 units.
 
     loss = mean of x; params_out = params - lr * direction; momentum_out = momentum + 1;
-    stats_out = stats / 2; taylor = momentum_out, so its sum over n steps is 1 + 2 + ... + n.
+    stats_out = stats / 2; scores = momentum_out, so its sum over n steps is 1 + 2 + ... + n.
     """
     nodes = [
         helper.make_node("Squeeze", ["x", "axis"], ["flat"]),
@@ -37,7 +43,7 @@ def step(direction: Sequence[float] = (1.0, 2.0), *, batch: int = BATCH, block: 
         helper.make_node("Sub", ["params", "move"], ["params_out"]),
         helper.make_node("Add", ["momentum", "one"], ["momentum_out"]),
         helper.make_node("Mul", ["stats", "half"], ["stats_out"]),
-        helper.make_node("Identity", ["momentum_out"], ["taylor"]),
+        helper.make_node("Identity", ["momentum_out"], ["scores"]),
     ]
     constants = {
         "axis": np.array([1], np.int64),
@@ -59,7 +65,7 @@ def step(direction: Sequence[float] = (1.0, 2.0), *, batch: int = BATCH, block: 
         "params_out": (FLOAT, [2]),
         "momentum_out": (FLOAT, [2]),
         "stats_out": (FLOAT, [2]),
-        "taylor": (FLOAT, [2]),
+        "scores": (FLOAT, [2]),
     }
     meta = GraphMeta(
         kind="train_step",
@@ -68,6 +74,7 @@ def step(direction: Sequence[float] = (1.0, 2.0), *, batch: int = BATCH, block: 
         parameters=2,
         statistics=2,
         units=2,
+        criterion=criterion,
         verification=Verification(
             x=ReferenceInput(shape=(batch, 1)),
             y=ReferenceInput(shape=(batch,), high=2),
@@ -79,7 +86,7 @@ def step(direction: Sequence[float] = (1.0, 2.0), *, batch: int = BATCH, block: 
     return _model(nodes, constants, inputs, outputs, meta)
 
 
-def observation(*, batch: int = BATCH) -> bytes:
+def observation(*, batch: int = BATCH, statistics: int = 2) -> bytes:
     """sumsq = sum of x**2; bn_sum = sum of x; bn_sumsq = 2 * sumsq; bn_count = samples;
     logits = (x, 0.5), so class 0 wins where x > 0.5."""
     nodes = [
@@ -101,7 +108,7 @@ def observation(*, batch: int = BATCH) -> bytes:
         "x": (FLOAT, [batch, 1]),
         "sw": (FLOAT, [batch]),
         "params": (FLOAT, [2]),
-        "stats": (FLOAT, [2]),
+        "stats": (FLOAT, [statistics]),
     }
     outputs = {
         "sumsq": (FLOAT, [1]),
@@ -114,13 +121,13 @@ def observation(*, batch: int = BATCH) -> bytes:
         kind="observe",
         batch=batch,
         parameters=2,
-        statistics=2,
+        statistics=statistics,
         observed=1,
         verification=Verification(
             x=ReferenceInput(shape=(batch, 1)),
             live=batch,
             params=(Run(2, 0.0, 1.0),),
-            stats=(Run(2, 0.0, 1.0),),
+            stats=(Run(statistics, 0.0, 1.0),),
         ),
     )
     return _model(nodes, constants, inputs, outputs, meta)

@@ -36,7 +36,7 @@ def test_two_steps_in_the_head():
     assert got.steps == 2
     assert got.params.tolist() == [0, 0]  # (1, 2) - 2 * 0.5 * (1, 2)
     assert got.stats.tolist() == [1, 2]
-    assert got.taylor.tolist() == [3, 3]  # momentum 1, then 2
+    assert got.scores.tolist() == [3, 3]  # momentum 1, then 2
     assert got.loss == 2.5  # mean of 1, 2, 3 and of 4, weighted by samples
     assert START.params.tolist() == [1, 2]
 
@@ -60,7 +60,7 @@ def test_number_of_steps(epochs, max_steps, steps):
     got = run([session(step())], epochs=epochs, max_steps=max_steps)
     assert got.steps == steps
     assert got.params.tolist() == [1 - 0.5 * steps, 2 - steps]
-    assert (got.loss is None, got.taylor is None) == (steps == 0, steps == 0)
+    assert (got.loss is None, got.scores is None) == (steps == 0, steps == 0)
 
 
 def test_graphs_are_drawn_evenly_and_by_the_seed():

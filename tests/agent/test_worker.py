@@ -54,9 +54,9 @@ def answer(frame: bytes) -> tuple[Result, list[float]]:
 def test_training_in_the_head(shelf):
     result, update = answer(worker(shelf).handle(shelf.task("t1", [step()])))
     assert update == [-1, -2]  # two steps of -0.5 * (1, 2)
-    assert result.vectors.keys() == {"stats", "taylor"}
+    assert result.vectors.keys() == {"stats", "scores"}
     assert result.vectors["stats"].tolist() == [1, 2]
-    assert result.vectors["taylor"].tolist() == [3, 3]
+    assert result.vectors["scores"].tolist() == [3, 3]
     header = result.header
     assert (header.task, header.device, header.kind) == ("t1", "d1", TaskKind.TRAIN)
     assert (header.samples, header.steps, header.train_s) == (4, 2, 1.0)
@@ -174,6 +174,47 @@ def test_observing_in_the_head_and_without_labels(shelf):
             "bn_count": [4],
         }
         assert (got.header.samples, got.header.correct, got.header.steps) == (4, correct, 0)
+
+
+@pytest.mark.parametrize("kind", ["train", "observe"])
+def test_importance_is_sent_only_where_it_is_asked_for(shelf, kind):
+    graph = step() if kind == "train" else observation()
+    task = shelf.task("t1", [graph], kind=kind, scores=False)
+    got = decode_result(worker(shelf).handle(task)).vectors
+    assert got.keys() == ({"stats"} if kind == "train" else {"bn_sum", "bn_sumsq", "bn_count"})
+
+
+def test_a_training_device_can_be_asked_to_look_as_well(shelf):
+    look = shelf.add_graph(observation()).model_dump(by_alias=True)
+    result, update = answer(worker(shelf).handle(shelf.task("t1", [step()], look=look)))
+    assert update == [-1, -2]  # as without
+    assert {n: v.tolist() for n, v in result.vectors.items()} == {
+        "stats": [1, 2],
+        "scores": [3, 3],
+        "sumsq": [2],
+    }
+    silent = shelf.task("t2", [step()], look=look, scores=False)
+    assert decode_result(worker(shelf).handle(silent)).vectors.keys() == {"stats"}
+    assert shelf.asked.count(shelf.add_graph(observation()).target) == 1
+
+
+def test_what_a_training_device_looks_with_is_checked(shelf):
+    ref = shelf.add_graph(step())
+    task = shelf.task("t1", [step()], look=ref.model_dump(by_alias=True))
+    with pytest.raises(
+        GraphError, match=f"^{ref.target} is a graph of kind train_step, expected observe$"
+    ):
+        worker(shelf).handle(task)
+    other = shelf.add_graph(observation(statistics=4)).model_dump(by_alias=True)
+    task = shelf.task("t2", [step()], look=other)
+    with pytest.raises(GraphError, match=r"^task t2: its graphs are of different shapes$"):
+        worker(shelf).handle(task)
+
+
+def test_graphs_that_score_units_differently_are_not_mixed(shelf):
+    task = shelf.task("t1", [step(), step((3, 3), criterion="fisher")])
+    with pytest.raises(GraphError, match=r"^task t1: its graphs are of different shapes$"):
+        worker(shelf).handle(task)
 
 
 def test_observing_leaves_the_residual_alone(shelf):

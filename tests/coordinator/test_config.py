@@ -6,11 +6,12 @@ import pytest
 
 from fleetprune.budgets import Allocation, Budget
 from fleetprune.costs import Costs
+from fleetprune.criteria import Criterion
 from fleetprune.errors import ConfigError
 from fleetprune.messages import Codec
 from fleetprune_coordinator.config import load_fleet_config
 from fleetprune_coordinator.imports import import_object
-from fleetprune_coordinator.ledger import Criterion
+from fleetprune_coordinator.score_merge import ScoreMerge
 
 SMALL = """
 fleet = "digits"
@@ -50,6 +51,10 @@ initial = 0.5
 [pruning]
 channel_multiple = 4
 allocation = "global"
+floor = 0.25
+exclude = ["stem"]
+minimum = { head = 16, body = 0.5 }
+multiple = { head = 2 }
 [classes.phone]
 flash_bytes = 200_000
 ram_bytes = 30_000
@@ -59,6 +64,8 @@ latency_ms = 5
 flash_share = 0.5
 ram_share = 0.1
 macs_share = 0.25
+batch = 4
+multiple = 2
 trains = false
 """
 
@@ -113,8 +120,47 @@ def test_every_section_is_read(tmp_path: Path) -> None:
     assert not config.training.stratified
     assert (config.schedule.begin, config.schedule.end, config.schedule.initial) == (2, 10, 0.5)
     assert config.pruning.allocation is Allocation.GLOBAL
+    assert (config.pruning.floor, config.pruning.exclude) == (0.25, ("stem",))
+    assert config.pruning.minimum == {"head": 16, "body": 0.5}
+    assert [type(n) for n in config.pruning.minimum.values()] == [int, float]
+    assert config.pruning.multiple == {"head": 2}
+    assert (config.classes["sensor"].multiple, config.classes["phone"].multiple) == (2, None)
     assert list(config.classes) == ["phone", "sensor"]
     assert not config.classes["sensor"].trains
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            'criterion = "reconstruction"',
+            "training: criterion reconstruction orders the units of a model that comes trained, "
+            "once: it can only be the first_criterion",
+        ),
+        (
+            'first_criterion = "movement"',
+            "training: first_criterion movement comes of training, and none has been: "
+            "it can only be the criterion",
+        ),
+    ],
+)
+def test_criteria_have_their_time(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text(f"{SMALL}[training]\n{line}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_fleet_config(path)
+    assert str(caught.value) == f"{path}: {message}"
+
+
+@pytest.mark.parametrize("criterion", [c for c in Criterion if c is not Criterion.RECONSTRUCTION])
+def test_criteria_are_known_by_name(tmp_path: Path, criterion: Criterion) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text(
+        f'{SMALL}[training]\ncriterion = "{criterion.value}"\nscore_merge = "trimmed"\n'
+    )
+    training = load_fleet_config(path).training
+    assert training.criterion is criterion
+    assert training.score_merge is ScoreMerge.TRIMMED
 
 
 def test_budgets_are_absolute_or_shares_of_the_dense_model(tmp_path: Path) -> None:
@@ -125,7 +171,10 @@ def test_budgets_are_absolute_or_shares_of_the_dense_model(tmp_path: Path) -> No
     assert classes["phone"].budget(dense) == Budget(
         flash_bytes=200_000, ram_bytes=30_000, macs=1_000_000, latency_ms=5.0
     )
-    assert classes["sensor"].budget(dense) == Budget(flash_bytes=500, ram_bytes=100, macs=1000)
+    # a tenth of four samples' memory
+    assert classes["sensor"].budget(dense) == Budget(
+        flash_bytes=500, ram_bytes=403, macs=1000, batch=4
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,7 +204,20 @@ def test_budgets_are_absolute_or_shares_of_the_dense_model(tmp_path: Path) -> No
         (
             "classes = 10",
             "classes = 10\n[pruning]\nxyz = 1",
-            "pruning.xyz: unknown key, expected one of allocation, channel_multiple",
+            "pruning.xyz: unknown key, expected one of allocation, channel_multiple, exclude, "
+            "floor, int8, int8_loss, minimum, multiple",
+        ),
+        (
+            "classes = 10",
+            "classes = 10\n[pruning]\nminimum = { head = 1.5 }",
+            "pruning.minimum.head: expected a number of units, or a share with a point, up to 1.0, "
+            "got 1.5",
+        ),
+        (
+            "classes = 10",
+            "classes = 10\n[pruning]\nminimum = { head = true }",
+            "pruning.minimum.head: expected a number of units, or a share with a point, up to 1.0, "
+            "got true",
         ),
         (
             "classes = 10",
@@ -231,7 +293,7 @@ def test_budgets_are_absolute_or_shares_of_the_dense_model(tmp_path: Path) -> No
         (
             "classes = 10",
             "classes = 10\n[schedule]\nbegin = 3\nend = 2",
-            "schedule begins in round 3, after its end 2",
+            "schedule: begins in round 3, after its end 2; raise end, or lower begin",
         ),
         (
             "classes = 10",

@@ -1,11 +1,16 @@
 import hashlib
 
+import numpy as np
 import pytest
 import torch
+from onnx import load_model_from_string
 from torch import nn
 
+from fleetprune.criteria import Criterion
+from fleetprune.graphmeta import parse_graph_meta
 from fleetprune.messages import GraphRef
 from fleetprune_coordinator.graph_library import GraphLibrary, StepOptions, fingerprint
+from fleetprune_coordinator.resize import read
 from fleetprune_coordinator.tracing import trace
 
 
@@ -85,6 +90,46 @@ def test_other_options_are_other_graphs(other):
     )
     made.train_steps(architecture.groups, [None], 0)
     assert len(exported) == 2
+
+
+def outputs(onnx):
+    return {o.name for o in load_model_from_string(onnx).graph.output}
+
+
+def test_a_graph_says_of_units_what_its_criterion_needs():
+    made, store, architecture = library({}, Scaled(), [])
+    dense = architecture.groups
+    for criterion in ("none", "taylor", "fisher", "magnitude", "wanda"):
+        made.train_steps(dense, [None], 0, criterion=Criterion(criterion))
+    scored = {}
+    for onnx in store.graphs:
+        (entry,) = load_model_from_string(onnx).metadata_props
+        meta = parse_graph_meta(entry.value)
+        scored[meta.criterion] = ("scores" in outputs(onnx), meta.units)
+    assert scored == {"": (False, 0), "taylor": (True, 8), "fisher": (True, 8)}
+    assert len(store.graphs) == 3  # what needs no gradient shares one
+
+
+def test_an_observing_graph_sums_what_its_criterion_needs():
+    made, store, architecture = library({}, Scaled(), [])
+    dense = architecture.groups
+    for criterion in ("taylor", "wanda", "apoz", "reconstruction", "movement"):
+        made.observe(dense, Criterion(criterion))
+    always = {"logits", "bn_sum", "bn_sumsq", "bn_count"}
+    assert [outputs(onnx) - always for onnx in store.graphs] == [
+        set(),
+        {"sumsq"},
+        {"zeros"},
+        {"gram"},
+    ]
+
+
+def test_the_flow_is_that_of_the_parameters_that_are_given():
+    made, _, _ = library({}, Scaled(), [])
+    params, _ = read(Scaled())
+    gradients = made.flow(params)
+    for name in ("hidden.weight", "norm.weight", "out.weight"):
+        assert np.abs(params[name] * gradients[name]).sum() == pytest.approx(1, rel=1e-5)
 
 
 def test_a_fingerprint_tells_constants_and_arguments_but_not_weights():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fleetprune.errors import TransportError
+from fleetprune.layout import FlatLayout, Role
 from fleetprune.messages import Codec, ResultHeader, TaskKind
 from fleetprune.result import encode_result
 from fleetprune.update import SparseUpdate
@@ -67,6 +68,48 @@ def test_a_good_answer_moves_the_weights_by_its_update(coordinator):
         np.testing.assert_allclose(rounds.model.params[name], old + 1, rtol=1e-6)
 
 
+def test_movement_is_read_off_the_updates(tmp_path):
+    """Units that grew by a tenth are worth more than those that shrank by as much."""
+    with open_coordinator(tiny_config(tmp_path, criterion="movement"), tiny_devices()) as opened:
+        (task,) = [a.task for a in opened.rounds.begin() if a.task.device == "d0"]
+        assert (task.criterion, task.scores, task.look) == ("movement", True, None)
+        layout = FlatLayout(
+            opened.architecture, opened.rounds.model.shapes["large"], Role.PARAMETER
+        )
+        start = layout.split(opened.rounds.model.vectors(opened.architecture, "large")[0])
+        grow = np.where(np.arange(16) < 8, 0.1, -0.1).astype(np.float32)
+        moves = {n: np.zeros_like(v) for n, v in start.items()}
+        moves |= {"0.weight": start["0.weight"] * grow[:, None], "0.bias": start["0.bias"] * grow}
+        assert opened.rounds.finish([answer(opened, task, values=layout.join(moves))])["answers"]
+        size = (start["0.weight"] ** 2).sum(1) + start["0.bias"] ** 2
+        factor = np.where(grow > 0, 1.1**2 - 1, 0.9**2 - 1)
+        scores = opened.rounds.ledger.arrays()["scores/movement/0"]
+        smallest = opened.rounds.model.shapes["small"]["0"]
+        expected = size * factor / np.abs(size * factor)[:smallest].mean()
+        np.testing.assert_allclose(scores, expected, rtol=1e-4)
+
+
+def test_scores_that_nobody_asked_for_are_not_taken(tmp_path):
+    with open_coordinator(tiny_config(tmp_path, criterion="magnitude"), tiny_devices()) as opened:
+        (task,) = [a.task for a in opened.rounds.begin() if a.task.device == "d0"]
+        assert not task.scores
+        vectors = {"scores": np.ones(16, np.float32), "zeros": -np.ones(1, np.float32)}
+        assert opened.rounds.finish([answer(opened, task, vectors=vectors)])["answers"] == 1
+        assert opened.rounds.ledger.arrays() == {}
+
+
+def test_a_movement_that_no_float_holds_is_refused_whole(tmp_path):
+    settings = tiny_config(tmp_path, criterion="movement", outlier=0)
+    with open_coordinator(settings, tiny_devices()) as opened:
+        (task,) = [a.task for a in opened.rounds.begin() if a.task.device == "d0"]
+        values = np.full(size(opened, task), 3e38, np.float32)
+        before = weights(opened)
+        assert opened.rounds.finish([answer(opened, task, values=values)])["refused"] == 1
+        assert refusals(opened)[0].startswith("movement: unit 0 of group 0 scores inf, ")
+        for name, old in before.items():
+            np.testing.assert_array_equal(opened.rounds.model.params[name], old)
+
+
 def hostile(coordinator, task):
     """One answer of each kind that must be refused, with what the registry says about it."""
     n = size(coordinator, task)
@@ -114,9 +157,9 @@ def hostile(coordinator, task):
             answer(
                 coordinator,
                 task,
-                vectors={"taylor": -np.ones(16, np.float32)},
+                vectors={"scores": -np.ones(16, np.float32)},
             ),
-            "taylor",
+            "scores: -1.0, expected at least 0",
         ),
     }
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from fleetprune.costs import (
 )
 from fleetprune.errors import BudgetError
 from fleetprune.layout import Activation, Architecture, Role, Segment, TensorSpec
+from fleetprune.products import Product
 
 
 def fixed(units):
@@ -160,3 +162,36 @@ def test_matrices_agree_with_the_description(case):
         ),
     )
     assert model.parameters(keep) == sum(t.size(keep) for t in net.role(Role.PARAMETER))
+
+
+@settings(deadline=None)
+@given(architectures(), st.sampled_from([1, -1]), st.lists(st.integers(0, 2), max_size=4))
+def test_a_walk_knows_what_each_step_adds(case, direction, moves):
+    net, keep = case
+    model, keep = CostModel(net), dict(keep)
+
+    def ahead(group):
+        return direction if 1 <= keep[group] + direction <= net.groups[group] else 0
+
+    def figures(counts):
+        found = model.costs(counts)
+        return [found.artifact_bytes, found.peak_activation_bytes, found.macs, 0]
+
+    walk = model.walk(model.vector(keep), np.array([ahead(g) for g in GROUPS]))
+    for move in [*moves, 0]:
+        now = figures(keep)
+        assert walk.figures() == now
+        assert model.figures(model.vector(keep)) == now
+        for i, g in enumerate(GROUPS):
+            after = figures({**keep, g: keep[g] + ahead(g)})
+            assert [int(added[i]) for added in walk.added()] == [
+                b - a for a, b in zip(now, after, strict=True)
+            ]
+        keep[GROUPS[move]] += ahead(GROUPS[move])
+        walk.move(move, ahead(GROUPS[move]))
+
+
+def test_a_latency_is_one_more_figure():
+    model = CostModel(NET).with_latency([Product(((1, 0, 0),), (100,)), Product((), (7,))])
+    assert model.figures(model.vector({"a": 2, "b": 3}))[-1] == 207
+    assert model.costs(NET.dense) == costs(NET, NET.dense)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from fleetprune.criteria import Criterion
 from fleetprune.errors import ConfigError
 from fleetprune.layout import Architecture, Role, Segment, TensorSpec
 from fleetprune_coordinator.aggregate import Aggregate
@@ -176,7 +177,7 @@ def test_nested_teaches_narrower_classes_and_puts_units_in_the_order_of_their_im
     assert partners == [{"g": 2}, {"g": 1}]
     assert method.policy().partners(config.training, model.shapes, "sensor") == [None]
     ledger = Ledger(architecture, {"g": 1})
-    ledger.add_taylor({"g": 4}, np.array([1, 2, 8, 4], np.float32), 1, 1)
+    ledger.add_scores(Criterion.TAYLOR, {"g": 4}, np.array([1, 2, 8, 4], np.float32), 1, 1)
     ledger.close_round()
     assert method.policy().scores(config.training, 4, ledger, model) is None
     scores = method.policy().scores(config.training, 5, ledger, model)

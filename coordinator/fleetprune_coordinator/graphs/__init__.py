@@ -1,6 +1,7 @@
 """Turns a torch model into ONNX graphs that a device runs with numpy and onnxruntime alone.
 
-Three graphs per model: one training step, one pass that observes activations, and inference.
+Four graphs per model: one training step, one pass that observes activations, one that counts values
+by their size so that the model can be quantised, and inference.
 """
 
 from fleetprune_coordinator.graphs import (  # noqa: F401  (registers the lowering rules)
@@ -14,8 +15,10 @@ from fleetprune_coordinator.graphs import (  # noqa: F401  (registers the loweri
 )
 from fleetprune_coordinator.graphs.export_infer import export_infer
 from fleetprune_coordinator.graphs.export_observe import export_observe
+from fleetprune_coordinator.graphs.export_ranges import export_ranges
 from fleetprune_coordinator.graphs.export_train import export_train_step
-from fleetprune_coordinator.graphs.types import Fixed, GateMember, Graph, Student
+from fleetprune_coordinator.graphs.types import Fixed, GateMember, Graph, Student, finished
+from fleetprune_coordinator.graphs.verification import graph_meta
 
 __all__ = [
     "Fixed",
@@ -24,5 +27,8 @@ __all__ = [
     "Student",
     "export_infer",
     "export_observe",
+    "export_ranges",
     "export_train_step",
+    "finished",
+    "graph_meta",
 ]

@@ -1,6 +1,8 @@
 """The inference graph: what a release ships. Weights are constants, the batch size is open."""
 
 import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,16 +39,9 @@ def export_infer(model: nn.Module, example: torch.Tensor) -> Graph:
         GraphError: A layer cannot be lowered, or the graph does not agree with torch for one
             sample and for three.
     """
-    twin = prepare(model).eval()
-    tensors = {n: t.detach() for n, t in [*twin.named_parameters(), *twin.named_buffers()]}
-
-    def forward(x: torch.Tensor, *values: torch.Tensor) -> Any:
-        named = dict(zip(tensors, values, strict=True))
-        return torch.func.functional_call(twin, named, (x,))
-
     writer = GraphWriter()
     try:
-        _write(writer, forward, example, tensors)
+        _write(writer, trace_inference(model, example), example)
     except NotLoweredError as e:
         raise explain(e, model, example[:1]) from e
     shape = tuple(example.shape[1:])
@@ -63,41 +58,112 @@ def export_infer(model: nn.Module, example: torch.Tensor) -> Graph:
     return finished(onnx, meta)
 
 
-def _write(
-    writer: GraphWriter, forward: Any, example: torch.Tensor, tensors: dict[str, torch.Tensor]
-) -> None:
-    shape, dtype = tuple(example.shape[1:]), dtype_name(example.dtype)
-    batch = torch.empty((BATCH, *shape), dtype=example.dtype)  # never touched: traced only
-    with torch.no_grad():
-        traced = trace(forward, batch, *tensors.values())
-    nodes = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    constants = dict(zip(nodes[1:], tensors.values(), strict=True))
-    fold_batch_norms(traced, constants)
+@dataclass(frozen=True)
+class Folding:
+    """Where the weight and the bias of a layer come from that a BatchNorm is folded into."""
 
-    x = writer.input("x", ("n", *shape), dtype)
+    weight: fx.Node
+    bias: fx.Node
+    layer: tuple[fx.Node, fx.Node | None]
+    """The layer's own weight and bias."""
+    norm: tuple[fx.Node | None, ...]
+    """The norm's weight, bias, mean and variance."""
+    eps: float
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A model in evaluation mode as ATen operators, its norms folded, the batch size open."""
+
+    graph: fx.GraphModule
+    x: fx.Node
+    tensors: Mapping[str, fx.Node]
+    """Parameters and buffers by name."""
+    constants: dict[fx.Node, torch.Tensor]
+    """Values of these, and of what the norms were folded into."""
+    foldings: list[Folding] = field(default_factory=list)
+
+
+def trace_inference(model: nn.Module, example: torch.Tensor) -> Inference:
+    """Trace a model in evaluation mode and fold its norms.
+
+    Args:
+        model: With its weights.
+        example: (n, *shape); shape and dtype count.
+    """
+    twin = prepare(model).eval()
+    tensors = {n: t.detach() for n, t in [*twin.named_parameters(), *twin.named_buffers()]}
+
+    def forward(x: torch.Tensor, *values: torch.Tensor) -> Any:
+        named = dict(zip(tensors, values, strict=True))
+        return torch.func.functional_call(twin, named, (x,))
+
+    # Never touched: traced only.
+    batch = torch.empty((BATCH, *example.shape[1:]), dtype=example.dtype)
+    with torch.no_grad():
+        graph = trace(forward, batch, *tensors.values())
+    x, *nodes = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    constants = dict(zip(nodes, tensors.values(), strict=True))
+    foldings = fold_batch_norms(graph, constants)
+    return Inference(graph, x, dict(zip(tensors, nodes, strict=True)), constants, foldings)
+
+
+def lower_inference(
+    writer: GraphWriter, inference: Inference, x: str, values: Mapping[fx.Node, Value]
+) -> Value:
+    """Write a traced model.
+
+    Args:
+        writer: Receives the nodes.
+        inference: The model.
+        x: Name of its input (n, *shape).
+        values: Of its `constants`.
+
+    Returns:
+        Its output.
+
+    Raises:
+        NotLoweredError: An operator cannot be lowered.
+        GraphError: It returns several tensors.
+    """
+    meta = inference.x.meta["val"]
     low = Lowering(writer)
     low.batch_size = writer.op("Shape", x, start=0, end=1)
-    low.values[nodes[0]] = Value((BATCH, *shape), dtype, plain=x)
-    low.values.update(
-        (node, Value(tuple(t.shape), dtype_name(t.dtype), constant=t.numpy()))
-        for node, t in constants.items()
-    )
-    outputs = low.run(traced)
+    low.values[inference.x] = Value(tuple(meta.shape), dtype_name(meta.dtype), plain=x)
+    low.values.update(values)
+    outputs = low.run(inference.graph)
     if not isinstance(outputs, Value):
         raise GraphError("the model returns several outputs, expected one tensor")
-    sizes = ["n" if size % BATCH == 0 else size for size in outputs.shape]
-    writer.output(low.plain(outputs), "y", sizes, outputs.dtype)
+    low.plain(outputs)
+    return outputs
 
 
-def fold_batch_norms(traced: fx.GraphModule, constants: dict[fx.Node, torch.Tensor]) -> None:
+def _write(writer: GraphWriter, inference: Inference, example: torch.Tensor) -> None:
+    x = writer.input("x", ("n", *example.shape[1:]), dtype_name(example.dtype))
+    values = {
+        node: Value(tuple(t.shape), dtype_name(t.dtype), constant=t.numpy())
+        for node, t in inference.constants.items()
+    }
+    output = lower_inference(writer, inference, x, values)
+    sizes = ["n" if size % BATCH == 0 else size for size in output.shape]
+    writer.output(output.plain or "", "y", sizes, output.dtype)
+
+
+def fold_batch_norms(
+    traced: fx.GraphModule, constants: dict[fx.Node, torch.Tensor]
+) -> list[Folding]:
     """Fold each BatchNorm into the convolution or linear layer that alone feeds it.
 
     With s = w / sqrt(var + eps): weight * s per output channel, bias = (bias - mean) * s + b.
 
     Args:
         traced: Is changed in place.
-        constants: The tensors behind placeholders.
+        constants: The tensors behind placeholders; those of the folded layers are added.
+
+    Returns:
+        What was folded, in the order in which it has to be computed.
     """
+    foldings = []
     for node in list(traced.graph.nodes):
         name = getattr(getattr(node.target, "_schema", None), "name", "").replace("::", ".")
         if name not in _BATCH_NORMS or len(node.args) != 8 or node.args[5]:
@@ -105,13 +171,15 @@ def fold_batch_norms(traced: fx.GraphModule, constants: dict[fx.Node, torch.Tens
         source, *vectors = node.args[:5]
         if len(source.users) != 1 or any(v is not None and v not in constants for v in vectors):
             continue
-        scale, shift = _affine([constants.get(v) for v in vectors], node.args[7])
-        if _absorb(traced, source, constants, scale, shift):
+        folding = _absorb(traced, source, constants, tuple(vectors), node.args[7])
+        if folding is not None:
+            foldings.append(folding)
             for reader in list(node.users):
                 if reader.target is operator.getitem and reader.args[1] == 0:
                     reader.replace_all_uses_with(source)
                 traced.graph.erase_node(reader)
             traced.graph.erase_node(node)
+    return foldings
 
 
 def _affine(vectors: list[torch.Tensor | None], eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,10 +197,10 @@ def _absorb(
     traced: fx.GraphModule,
     source: fx.Node,
     constants: dict[fx.Node, torch.Tensor],
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-) -> bool:
-    """Put x * scale + shift into the layer that computes x; False where it is no such layer."""
+    norm: tuple[fx.Node | None, ...],
+    eps: float,
+) -> Folding | None:
+    """Put a norm into the layer that computes its input; None where it is no such layer."""
     arguments: list[Any] = list(source.args)
     if source.target is _aten.convolution.default:
         x, weight, bias, *rest = arguments
@@ -144,9 +212,10 @@ def _absorb(
         bias, x, turned = None, *arguments
         weight, transposed = _untransposed(turned), False
     else:
-        return False
+        return None
     if transposed or weight not in constants or (bias is not None and bias not in constants):
-        return False
+        return None
+    scale, shift = _affine([None if v is None else constants[v] for v in norm], eps)
     tensors = _scaled(constants[weight], constants.get(bias), scale, shift)
     with traced.graph.inserting_before(source):
         new_weight, new_bias = (_constant(traced, constants, t) for t in tensors)
@@ -156,7 +225,7 @@ def _absorb(
             turn = traced.graph.call_function(_aten.t.default, (new_weight,))
             turn.meta["val"] = turned.meta["val"]
             source.target, source.args = _aten.addmm.default, (new_bias, x, turn)
-    return True
+    return Folding(new_weight, new_bias, (weight, bias), norm, eps)
 
 
 def _untransposed(node: fx.Node) -> Any:
@@ -176,10 +245,8 @@ def _scaled(
 def _constant(
     traced: fx.GraphModule, constants: dict[fx.Node, torch.Tensor], tensor: torch.Tensor
 ) -> fx.Node:
-    """A node for a new constant."""
-    name = f"folded{len(constants)}"
-    traced.register_buffer(name, tensor)
-    node = traced.graph.get_attr(name)
+    """A node for a new constant; a placeholder, since its value comes from outside."""
+    node = traced.graph.placeholder(f"folded{len(constants)}")
     constants[node] = tensor
     return node
 

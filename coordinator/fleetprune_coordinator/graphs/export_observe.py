@@ -1,9 +1,10 @@
 """The observing graph: activations per input channel, and exact BatchNorm statistics.
 
 All its sums are additive: added up over devices they are those of the pooled data. The score
-|W| * ||X||_2 of Wanda needs `sumsq`; a narrower model's BatchNorm is recalibrated from
-`bn_sum / bn_count` and `bn_sumsq / bn_count`, without any sample leaving its device; and how far
-the inputs of a layer stand in for each other is told by their products, `gram`.
+|W| * ||X||_2 of Wanda needs `sumsq`, the share of zeros (APoZ) `zeros`; a narrower model's
+BatchNorm is recalibrated from `bn_sum / bn_count` and `bn_sumsq / bn_count`, without any sample
+leaving its device; and how far the inputs of a layer stand in for each other is told by their
+products, `gram`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +34,11 @@ class Observation:
     model: nn.Module
     """In evaluation mode; hooks are added to it."""
     observed: Sequence[str]
+    """Weights whose inputs' squares are summed."""
     crossed: Sequence[str] = ()
+    """Those whose inputs' products are."""
+    counted: Sequence[str] = ()
+    """Those whose inputs' zeros are counted."""
     params: dict[str, torch.Tensor] = field(init=False)
     stats: dict[str, torch.Tensor] = field(init=False)
     _seen: dict[str, list[torch.Tensor]] = field(init=False, default_factory=dict)
@@ -41,7 +46,8 @@ class Observation:
     def __post_init__(self) -> None:
         self.params = {n: p.detach() for n, p in self.model.named_parameters()}
         self.stats = statistics(self.model)
-        layers = {n: observed_layer(self.model, n) for n in [*self.observed, *self.crossed]}
+        names = [*self.observed, *self.crossed, *self.counted]
+        layers = {n: observed_layer(self.model, n) for n in names}
         self._layers = layers
         self._triangles = {name: _triangle(layers[name]) for name in self.crossed}
         self._norms = [
@@ -59,13 +65,20 @@ class Observation:
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of what a call returns, in its order."""
-        norms = ("bn_sum", "bn_sumsq", "bn_count") if self._norms else ()
-        return ("logits", "sumsq", *norms, *(("gram",) if self.crossed else ()))
+        asked = {
+            "sumsq": self.observed,
+            "zeros": self.counted,
+            "bn_sum": self._norms,
+            "bn_sumsq": self._norms,
+            "bn_count": self._norms,
+            "gram": self.crossed,
+        }
+        return ("logits", *(name for name, of in asked.items() if of))
 
     def __call__(
         self, x: torch.Tensor, sw: torch.Tensor, *state: torch.Tensor
     ) -> list[torch.Tensor]:
-        """Logits, sumsq (Q,), with BatchNorm bn_sum (S/2,), bn_sumsq (S/2,), bn_count (B,), gram.
+        """Logits, and what is named in `outputs`.
 
         Args:
             x: (batch, *shape).
@@ -75,11 +88,11 @@ class Observation:
         self._seen.clear()
         tensors = dict(zip([*self.params, *self.stats], state, strict=True))
         logits = torch.func.functional_call(self.model, tensors, (x,))
-        sums = []
-        for name in self.observed:
-            inputs = self._inputs(name.rpartition(".")[0], len(sw))
-            sums.append(_total(_input_squares(self._layers[name], i, sw) for i in inputs))
-        outputs = [logits, torch.cat(sums) if sums else sw[:0]]
+        outputs = [logits]
+        if self.observed:
+            outputs.append(torch.cat([self._squares(name, sw) for name in self.observed]))
+        if self.counted:
+            outputs.append(torch.cat([self._zeros(name, sw) for name in self.counted]))
         if self._norms:
             moments = [self._moments(path, sw) for path in self._norms]
             outputs += [
@@ -90,6 +103,18 @@ class Observation:
         if self.crossed:
             outputs.append(torch.cat([self._products(name, sw) for name in self.crossed]))
         return outputs
+
+    def _squares(self, name: str, sw: torch.Tensor) -> torch.Tensor:
+        """Sums of squares of a layer's inputs."""
+        inputs = self._inputs(name.rpartition(".")[0], len(sw))
+        return _total(_input_sums(self._layers[name], i * i, sw) for i in inputs)
+
+    def _zeros(self, name: str, sw: torch.Tensor) -> torch.Tensor:
+        """Per input the share of each sample's values that are at most 0, summed over samples."""
+        layer = self._layers[name]
+        inputs = self._inputs(name.rpartition(".")[0], len(sw))
+        total = _total(_input_sums(layer, (i <= 0).to(i.dtype), sw) for i in inputs)
+        return total * (1 / sum(_values_per_input(layer, i) for i in inputs))
 
     def _products(self, name: str, sw: torch.Tensor) -> torch.Tensor:
         """Upper triangle, row by row, of a layer's input products."""
@@ -136,8 +161,10 @@ def observed_layer(model: nn.Module, name: str) -> nn.Module:
 def _triangle(layer: nn.Module) -> torch.Tensor:
     """Places of the upper triangle, row by row, in a matrix over a layer's input channels."""
     weight: Any = layer.weight
-    row, column = torch.triu_indices(weight.shape[1], weight.shape[1])
-    return row * weight.shape[1] + column
+    columns = int(weight.shape[1])
+    row, column = torch.triu_indices(columns, columns)
+    places: torch.Tensor = row * columns + column
+    return places
 
 
 def _per_sample(x: torch.Tensor) -> torch.Tensor:
@@ -145,15 +172,19 @@ def _per_sample(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(2).sum(2) if x.dim() > 2 else x
 
 
-def _input_squares(layer: nn.Module, x: torch.Tensor, sw: torch.Tensor) -> torch.Tensor:
-    """Sum of squares per index of the weight's axis 1; that of all groups together."""
-    squares = x * x
+def _input_sums(layer: nn.Module, values: torch.Tensor, sw: torch.Tensor) -> torch.Tensor:
+    """Sum of an input's values per index of the weight's axis 1; that of all groups together."""
     if isinstance(layer, nn.Linear):
-        squares = squares.flatten(1, -2).sum(1) if x.dim() > 2 else squares
-        return sw @ squares
-    total = sw @ _per_sample(squares)
+        return sw @ (values.flatten(1, -2).sum(1) if values.dim() > 2 else values)
+    total = sw @ _per_sample(values)
     groups: Any = layer.groups
     return total.view(groups, -1).sum(0) if groups > 1 else total
+
+
+def _values_per_input(layer: nn.Module, x: torch.Tensor) -> int:
+    """How many values of one sample belong to one index of the weight's axis 1."""
+    weight: Any = layer.weight
+    return x[0].numel() // int(weight.shape[1])
 
 
 def _input_products(layer: nn.Module, x: torch.Tensor, sw: torch.Tensor) -> torch.Tensor:
@@ -175,16 +206,22 @@ def export_observe(
     batch: int,
     observed: Sequence[str],
     crossed: Sequence[str] = (),
+    counted: Sequence[str] = (),
 ) -> Graph:
     """A forward pass in evaluation mode that measures what layers get.
 
     Inputs: x (batch, *shape), sw (batch,) float32, params (P,), and stats (S,) if the model has
-    BatchNorm. Outputs: logits (batch, classes); sumsq (Q,), for each observed weight in order,
-    per input channel (the weight's axis 1), sw times the squared input, summed over samples and
-    positions; and with BatchNorm bn_sum (S/2,) and bn_sumsq (S/2,), the same for each BatchNorm's
-    input and its square, and bn_count (number of BatchNorms,), sum(sw) times positions; and with
+    BatchNorm. Outputs: logits (batch, classes); with `observed` sumsq (Q,), for each of its weights
+    in order, per input channel (the weight's axis 1), sw times the squared input, summed over
+    samples and positions; with `counted` zeros (Q,), for each of its weights in order, per input
+    channel, sw times the share of a sample's positions at which the input is at most 0, summed over
+    samples; with BatchNorm bn_sum (S/2,) and bn_sumsq (S/2,), the sums of each BatchNorm's input
+    and its square, and bn_count (number of BatchNorms,), sum(sw) times positions; and with
     `crossed` gram (K,), for each of its weights in order, the upper triangle row by row of sw times
     the products of the input channels, summed likewise.
+
+    zeros are counted in samples, so that the samples that a device says it has are all that is
+    needed to make shares of them, for layers of any number of positions.
 
     Args:
         model: Its weights are inputs of the graph.
@@ -192,12 +229,13 @@ def export_observe(
         batch: Samples per call.
         observed: Names of weights of Conv1d, Conv2d or Linear layers.
         crossed: The same, of layers whose inputs' products are wanted.
+        counted: The same, of layers whose inputs' zeros are wanted.
 
     Raises:
         GraphError: A layer cannot be lowered, a name is wrong, or the graph computes something
             else than torch.
     """
-    observation = Observation(prepare(model).eval(), observed, crossed)
+    observation = Observation(prepare(model).eval(), observed, crossed, counted)
     x = example[:1].expand(batch, *example.shape[1:]).contiguous()
     writer = GraphWriter()
     try:
@@ -209,7 +247,7 @@ def export_observe(
         batch=batch,
         parameters=_count(observation.params),
         statistics=_count(observation.stats),
-        observed=sizes["sumsq"][0],
+        observed=max((sizes[name][0] for name in ("sumsq", "zeros") if name in sizes), default=0),
         verification=Verification(
             x=check.reference_input(example, tuple(x.shape)),
             live=check.live_samples(batch),
@@ -217,14 +255,14 @@ def export_observe(
             stats=check.statistic_runs(observation.stats),
         ),
     )
-    exact = Observation(prepare(model).double().eval(), observed, crossed)
+    exact = Observation(prepare(model).double().eval(), observed, crossed, counted)
     feeds = check.doubles(meta)
     params = check.split_like(feeds["params"], exact.params)
     stats = check.split_like(feeds["stats"], exact.stats) if exact.stats else []
     with torch.no_grad():
         values = exact(feeds["x"], feeds["sw"], *params, *stats)
     named = dict(zip(exact.outputs, values, strict=True))
-    meta = check.with_expected(meta, {n: v for n, v in named.items() if n in sizes and len(v)})
+    meta = check.with_expected(meta, named)
     onnx = writer.serialize({METADATA_KEY: meta.to_json()})
     check.check_here(onnx, meta)
     return finished(onnx, meta)

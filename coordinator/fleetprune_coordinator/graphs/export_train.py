@@ -1,10 +1,11 @@
 """The training graph: forward, loss, backward, optimiser step, BatchNorm statistics."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from fleetprune.criteria import Criterion
 from fleetprune.errors import GraphError
 from fleetprune.graphmeta import METADATA_KEY, GraphMeta, Verification
 from fleetprune_coordinator.graphs import verification as check
@@ -13,6 +14,7 @@ from fleetprune_coordinator.graphs.lowering import Lowering, NotLoweredError, dt
 from fleetprune_coordinator.graphs.trace import explain, prepare, trace
 from fleetprune_coordinator.graphs.training_step import TrainingStep, training_step
 from fleetprune_coordinator.graphs.types import Fixed, GateMember, Graph, Student, finished
+from fleetprune_coordinator.graphs.unit_scores import check_criterion, expected, lowered
 from fleetprune_coordinator.graphs.values import Value
 from fleetprune_coordinator.graphs.writer import NCHWC, GraphWriter
 
@@ -30,16 +32,18 @@ def export_train_step(
     weight_decay: float = 0.0,
     block: int = 0,
     gates: Gates = (),
+    criterion: Criterion = Criterion.TAYLOR,
     student: Student | None = None,
     prior: float = 0.0,
     fixed: Fixed | None = None,
+    frozen: Collection[str] = (),
     gradient: bool = False,
 ) -> Graph:
     """One step of SGD as a graph.
 
     Inputs: x (batch, *shape), y, sw (batch,) float32 sample weights, lr float32 without axes,
     params (P,), momentum (P,), and stats (S,) if the model has BatchNorm. Outputs: loss without
-    axes, params_out (P,), momentum_out (P,), stats_out (S,) if there are statistics, taylor (U,)
+    axes, params_out (P,), momentum_out (P,), stats_out (S,) if there are statistics, scores (U,)
     if there are gates, grad (P,) if asked for.
 
         loss = sum(loss_i * sw_i) / sum(sw)
@@ -47,11 +51,12 @@ def export_train_step(
 
     Weight decay leaves tensors with fewer than two axes (norm scales, biases) alone. A sample of
     weight 0 counts nowhere, not even in BatchNorm: a short batch is filled up with such samples.
-    taylor holds, per group and unit, the square of the sum of w * dL/dw over the unit's elements
-    in all gate members of the group.
+    scores holds, per group and unit, what `criterion` makes of w and dL/dw over the unit's elements
+    in all gate members of the group (`fleetprune.criteria.gradients`; SNIP not yet divided by the
+    network's sum).
 
     Args:
-        model: All its parameters are trained.
+        model: All its parameters are trained, but those that are frozen.
         example: (n, *shape); shape and dtype count, and of integers the largest.
         batch: Samples per step.
         loss: "cross_entropy" (y (batch,) int64), "mse" (y of the output's shape), or a function
@@ -63,6 +68,7 @@ def export_train_step(
         block: Channels per memory block of the device (16 with AVX-512, 8 with AVX2); 0 makes a
             graph that any machine can run.
         gates: Per group its gate members.
+        criterion: What the output scores holds; one that needs gradients.
         student: Trained along with the model, by distillation; classification only.
         prior: If not 0, take an input prior (classes,) that is added so many times to the output
             in the task's loss, and there only: with the log frequencies of the device's labels, a
@@ -70,6 +76,8 @@ def export_train_step(
             2021; per device, FedLC, Zhang et al. 2022).
         fixed: BatchNorm normalises by the input `stats`, which then also holds the statistics of
             all narrower models, and there is no output stats_out ("FixBN", Zhong et al. 2023).
+        frozen: Parameters that stay as they are: their momentum stays zero, too. Their gradients
+            still count for the scores, and in grad.
         gradient: Also return the gradient.
 
     Raises:
@@ -80,8 +88,11 @@ def export_train_step(
     if function is None:
         raise GraphError(f"loss {loss!r}, expected one of {sorted(LOSSES)} or a function")
     _check_block(block)
+    check_criterion(criterion)
     step = training_step(model, function, student, torch.float32, prior=prior, fixed=fixed)
     units = _check_gates(gates, step.params)
+    if unknown := sorted(set(frozen) - step.params.keys()):
+        raise GraphError(f"frozen parameter {unknown[0]}: the model has no such parameter")
     x = example[:1].expand(batch, *example.shape[1:]).contiguous()
     y = _targets(step.model, x, loss, target)
     writer = GraphWriter()
@@ -95,6 +106,8 @@ def export_train_step(
             weight_decay=weight_decay,
             block=block,
             gates=gates,
+            criterion=criterion,
+            frozen=frozen,
             gradient=gradient,
         )
     except NotLoweredError as e:
@@ -106,6 +119,7 @@ def export_train_step(
         parameters=_count(step.params),
         statistics=_count(step.stats),
         units=units,
+        criterion=criterion.value if units else "",
         classes=_classes(step, x) if prior else 0,
         momentum=momentum,
         verification=Verification(
@@ -118,7 +132,7 @@ def export_train_step(
     )
     if not writer.uses("RandomUniform"):
         exact = training_step(model, function, student, torch.float64, prior=prior, fixed=fixed)
-        meta = _expect(exact, meta, weight_decay, gates)
+        meta = _expect(exact, meta, weight_decay, gates, criterion, frozen=frozen)
     onnx = writer.serialize({METADATA_KEY: meta.to_json()}, turn="loss")
     check.check_here(onnx, meta)
     return finished(onnx, meta)
@@ -182,6 +196,8 @@ def _write(
     weight_decay: float,
     block: int,
     gates: Gates,
+    criterion: Criterion,
+    frozen: Collection[str],
     gradient: bool,
 ) -> None:
     """Write the whole graph."""
@@ -221,6 +237,10 @@ def _write(
         else g
         for g, w in zip(names, weights, strict=True)
     ]
+    decayed = [
+        writer.zeros(*tensor.shape) if name in frozen else g
+        for g, (name, tensor) in zip(decayed, step.params.items(), strict=True)
+    ]
     kept = writer.op("Mul", velocity, writer.scalar(momentum))
     moved = writer.op("Add", kept, join_state(writer, decayed))
     writer.output(low.plain(loss), "loss", ())
@@ -231,9 +251,9 @@ def _write(
         writer.output(join_state(writer, now), "stats_out", (statistic_size,))
     if gates:
         by_name = dict(zip(step.params, zip(weights, names, strict=True), strict=True))
-        scores = [_taylor(low, group, by_name) for group in gates]
+        scores = [lowered(low, criterion, group, by_name) for group in gates]
         joined = writer.op("Concat", *scores, axis=0) if len(scores) > 1 else scores[0]
-        writer.output(joined, "taylor", (sum(g[0].units for g in gates),))
+        writer.output(joined, "scores", (sum(g[0].units for g in gates),))
     if gradient:
         writer.output(join_state(writer, names), "grad", (size,))
 
@@ -259,28 +279,15 @@ def join_state(writer: GraphWriter, names: Sequence[str]) -> str:
     return writer.op("Concat", *flat, axis=0)
 
 
-def _taylor(
-    low: Lowering, group: Sequence[GateMember], tensors: Mapping[str, tuple[Value, str]]
-) -> str:
-    """(units,) squares of the units' sums of w * dL/dw."""
-    total = ""
-    for m in group:
-        weight, g = tensors[m.parameter]
-        product = low.op("Mul", low.plain(weight), g)
-        end = m.start + m.units * m.block
-        if (m.start, end) != (0, weight.shape[m.axis]):
-            product = low.op("Slice", product, low.ints(m.start), low.ints(end), low.ints(m.axis))
-        others = [a for a in range(len(weight.shape)) if a != m.axis]
-        if others:
-            product = low.op("ReduceSum", product, low.ints(*others), keepdims=0)
-        if m.block > 1:
-            product = low.op("Reshape", product, low.ints(m.units, m.block))
-            product = low.op("ReduceSum", product, low.ints(1), keepdims=0)
-        total = low.op("Add", total, product) if total else product
-    return low.op("Mul", total, total)
-
-
-def _expect(step: TrainingStep, meta: GraphMeta, weight_decay: float, gates: Gates) -> GraphMeta:
+def _expect(
+    step: TrainingStep,
+    meta: GraphMeta,
+    weight_decay: float,
+    gates: Gates,
+    criterion: Criterion,
+    *,
+    frozen: Collection[str],
+) -> GraphMeta:
     """Add what torch makes of the reference inputs: float64, live samples only, lr = 1."""
     feeds, live = check.doubles(meta), meta.verification.live
     params = check.split_like(feeds["params"], step.params)
@@ -291,6 +298,10 @@ def _expect(step: TrainingStep, meta: GraphMeta, weight_decay: float, gates: Gat
     moved = [
         g + weight_decay * p if p.dim() > 1 else g for g, p in zip(gradients, params, strict=True)
     ]
+    moved = [
+        torch.zeros_like(g) if name in frozen else g
+        for name, g in zip(step.params, moved, strict=True)
+    ]
     outputs = {
         "loss": loss,
         "momentum_out": check.flatten(moved),
@@ -300,19 +311,10 @@ def _expect(step: TrainingStep, meta: GraphMeta, weight_decay: float, gates: Gat
     if stats and step.fixed is None:
         outputs["stats_out"] = check.flatten(stats)
     if gates:
-        products = {n: p * g for n, p, g in zip(step.params, params, gradients, strict=True)}
-        absolute = {n: p.abs() for n, p in products.items()}
-        outputs["taylor"] = torch.cat([_group_scores(group, products) for group in gates])
-        scales["taylor"] = torch.cat([_group_scores(group, absolute) for group in gates])
+        outputs["scores"], scales["scores"] = expected(
+            criterion,
+            gates,
+            dict(zip(step.params, params, strict=True)),
+            dict(zip(step.params, gradients, strict=True)),
+        )
     return check.with_expected(meta, outputs, scales)
-
-
-def _group_scores(
-    group: Sequence[GateMember], products: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
-    """(units,) squares of the units' sums."""
-    total = torch.zeros(group[0].units, dtype=torch.float64)
-    for m in group:
-        part = products[m.parameter].narrow(m.axis, m.start, m.units * m.block)
-        total += part.movedim(m.axis, 0).reshape(m.units, -1).sum(1)
-    return total**2

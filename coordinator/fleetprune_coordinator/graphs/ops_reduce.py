@@ -43,6 +43,21 @@ def _blocked_mean(low: Lowering, call: Call, x: Value, axes: Axes, scale: float)
     return low.result(call, low.reshape(low.plain(small), call.shape))
 
 
+def _pooled_mean(low: Lowering, call: Call, x: Value, axes: Axes) -> Value | None:
+    """The mean over all positions in an inference graph, or None where it is not that.
+
+    onnxruntime has a blocked and an integer kernel for GlobalAveragePool, and neither for
+    ReduceMean; a training graph's blocked mean is `_blocked_mean`.
+    """
+    rank = len(x.shape)
+    if low.batch_size is None or rank < 3 or x.dtype != call.dtype:
+        return None
+    if sorted(_axes(axes, rank)) != list(range(2, rank)):
+        return None
+    name = low.op("GlobalAveragePool", low.plain(x))
+    return low.result(call, name if len(call.shape) == rank else low.reshape(name, call.shape))
+
+
 def _no_axes(call: Call) -> bool:
     """Whether this is the overload without a `dim` argument."""
     return str(call.node.target).endswith(".default") and not any(
@@ -69,9 +84,8 @@ def mean(
     """Mean."""
     if _no_axes(call):
         axes, keepdim = None, False
-    return _blocked_mean(low, call, x, axes, 1.0) or _reduce(
-        low, call, "ReduceMean", x, axes, keepdim
-    )
+    pooled = _blocked_mean(low, call, x, axes, 1.0) or _pooled_mean(low, call, x, axes)
+    return pooled or _reduce(low, call, "ReduceMean", x, axes, keepdim)
 
 
 @lowers("aten.amax")

@@ -11,7 +11,7 @@ from fleetprune.graphmeta import GraphMeta
 
 @dataclass(frozen=True)
 class GateMember:
-    """A tensor whose elements scale or make the units of a group (for the Taylor score).
+    """A tensor whose elements scale or make the units of a group (for their scores).
 
     On `axis`, unit u owns the indices start + u*block .. start + (u+1)*block.
     """

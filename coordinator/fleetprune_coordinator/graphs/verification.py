@@ -13,14 +13,17 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
+from onnx import load_model_from_string
 
 from fleetprune.errors import GraphError
 from fleetprune.graphmeta import (
+    METADATA_KEY,
     GraphMeta,
     ReferenceInput,
     Run,
     check_outputs,
     expectation,
+    parse_graph_meta,
     reference_feeds,
 )
 from fleetprune_coordinator.graphs.writer import NCHWC, GraphWriter
@@ -65,6 +68,14 @@ def statistic_runs(statistics: Mapping[str, torch.Tensor]) -> tuple[Run, ...]:
 def live_samples(batch: int) -> int:
     """Samples of the reference batch that count; the rest plays a short batch's padding."""
     return max(1, batch - batch // 4)
+
+
+def graph_meta(onnx: bytes) -> GraphMeta:
+    """What an exported graph says about itself; GraphError if it says nothing."""
+    entries = {e.key: e.value for e in load_model_from_string(onnx).metadata_props}
+    if METADATA_KEY not in entries:
+        raise GraphError(f"graph without the metadata entry {METADATA_KEY!r}")
+    return parse_graph_meta(entries[METADATA_KEY])
 
 
 def doubles(meta: GraphMeta) -> dict[str, torch.Tensor]:

@@ -112,6 +112,11 @@ class GraphWriter:
         info = helper.make_tensor_value_info(name, onnx_type(dtype), list(shape))
         self._outputs.append((value, info))
 
+    def live_nodes(self) -> list[onnx.NodeProto]:
+        """The nodes that the outputs declared so far need, in order, without naming those."""
+        values = {value for value, _ in self._outputs}
+        return self._needed(self._nodes, values)
+
     def uses(self, op_type: str) -> bool:
         """Whether a node of this type has been added."""
         return any(node.op_type == op_type for node in self._nodes)
@@ -171,10 +176,16 @@ class GraphWriter:
         return [helper.make_node("Identity", [v], [info.name]) for v, info in self._outputs]
 
     def _live_nodes(self, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
-        live = {info.name for _, info in self._outputs}
+        return self._needed(nodes, {info.name for _, info in self._outputs})
+
+    def _needed(self, nodes: list[onnx.NodeProto], live: set[str]) -> list[onnx.NodeProto]:
+        """The nodes that the values `live` need, in order."""
         kept = []
         for node in reversed(nodes):
             if live.intersection(node.output):
+                if node.op_type == "MaxPool" and live.isdisjoint(node.output[1:]):
+                    # With places that nobody reads, onnxruntime has no fast kernel.
+                    node = _renamed(node, node.input, node.output[:1])  # noqa: PLW2901
                 kept.append(node)
                 live.update(node.input)
         return kept[::-1]

@@ -109,6 +109,62 @@ def test_a_linear_layer_on_sequences_sums_over_positions():
     ],
     ids=["ds_cnn", "flattened"],
 )
+def test_zeros_equal_those_of_hooks(make):
+    torch.manual_seed(0)
+    model = randomise(make())
+    x, sw = torch.randn(4, 3, 12, 12), np.array([1, 2, 0, 0.5])
+    weights = [n for n, p in model.named_parameters() if p.dim() > 1 and p.shape[1] > 1]
+    graph = export_observe(model, x, batch=4, observed=[], counted=weights)
+    out = run_graph(graph, feeds(model, x, sw))
+    assert "sumsq" not in out
+    assert graph.meta.observed == out["zeros"].size
+
+    seen, _ = layer_inputs(model, x)
+    wanted = []
+    for name in weights:
+        inactive = (seen[name.removesuffix(".weight")] <= 0).double()
+        share = inactive.flatten(2).mean(2) if inactive.dim() > 2 else inactive
+        wanted.append(torch.from_numpy(sw) @ share)
+    assert relative_error(out["zeros"], flat(wanted)) < 1e-5
+    assert (out["zeros"] <= 3.5).all()
+
+
+def test_zeros_by_hand():
+    """Two positions, two channels; what is below zero counts as well."""
+    model = nn.Conv1d(2, 1, 1)
+    x = torch.tensor([[[0.0, 1.0], [-1.0, 0.0]], [[2.0, 3.0], [0.0, 4.0]]])
+    graph = export_observe(model, x, batch=2, observed=[], counted=["weight"])
+    out = run_graph(graph, feeds(model, x, [1, 0.5]))
+    # Channel 0: half of the first sample. Channel 1: all of it, and half of the second's half.
+    assert out["zeros"].tolist() == [0.5, 1.25]
+
+
+def test_a_layer_that_runs_twice_has_the_zeros_of_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2, bias=False)
+
+        def forward(self, x):
+            return self.layer(self.layer(x))
+
+    model = Twice()
+    with torch.no_grad():
+        model.layer.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+    x = torch.tensor([[1.0, 0.0]])
+    graph = export_observe(model, x, batch=1, observed=[], counted=["layer.weight"])
+    # First (1, 0), then (0, 1): each input is zero half of the time.
+    assert run_graph(graph, feeds(model, x, [1]))["zeros"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: models.ds_cnn(5),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 2)),
+    ],
+    ids=["ds_cnn", "flattened"],
+)
 def test_products_equal_those_of_hooks(make):
     torch.manual_seed(0)
     model = randomise(make())

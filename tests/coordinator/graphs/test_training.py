@@ -75,6 +75,22 @@ def test_a_short_batch_steps_as_torch_does_without_the_padding(name, block):
         assert relative_error(out["stats_out"], stats) < 2e-6
 
 
+def test_a_batch_of_one_sample_moves_the_running_variance_by_the_biased_one():
+    torch.manual_seed(0)
+    model = randomise(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 5)))
+    x, y = data((6,), 4)
+    out = run_graph(sgd_graph(model, x), step_feeds(model, x, y, [1, 0, 0, 0]))
+
+    exact = copy.deepcopy(model).double()
+    norm, sample = exact[1], x[:1].double()
+    mean = exact[0](sample)  # of one sample: all of it is mean, and the norm lets only its bias by
+    F.cross_entropy(exact[3](torch.tanh(norm.bias + 0 * mean)), y[:1]).backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in exact.parameters()]
+    assert relative_error(out["grad"], flat(gradients)) < 2e-6
+    moved = [0.9 * norm.running_mean + 0.1 * mean[0], 0.9 * norm.running_var]
+    assert relative_error(out["stats_out"], flat(moved)) < 2e-6
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_twenty_steps_stay_at_torch_float64(block):
     torch.manual_seed(0)
@@ -135,8 +151,8 @@ def test_taylor_equals_the_gradient_of_a_gate_of_ones(block):
         [GateMember("fc.weight", 0, 1, units=3)],
     ]
     graph = sgd_graph(model, x, block, gates=gates)
-    assert graph.meta.units == 32 + 16 + 3
-    taylor = run_graph(graph, step_feeds(model, x, y, np.ones(4)))["taylor"]
+    assert (graph.meta.units, graph.meta.criterion) == (32 + 16 + 3, "taylor")
+    taylor = run_graph(graph, step_feeds(model, x, y, np.ones(4)))["scores"]
 
     exact = copy.deepcopy(model).double().train()
     ones = torch.ones(3, 64, dtype=torch.float64).unbind()
@@ -431,3 +447,38 @@ def test_the_model_is_left_as_it_was():
     sgd_graph(model, torch.randn(4, 3, 32))
     assert not model.training
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_frozen_parameters_do_not_move_and_the_others_do_as_ever(block):
+    torch.manual_seed(0)
+    model = randomise(models.digits_cnn(5))
+    x, y = data((1, 8, 8), 4)
+    frozen = [n for n, _ in model.named_parameters() if n.startswith(("body.0", "body.1.first"))]
+    gates = [[GateMember("body.0.1.weight", 0, 0, 32)]]
+    options = {"momentum": 0.9, "weight_decay": 0.1, "gates": gates}
+    feeds = step_feeds(model, x, y, np.ones(4, np.float32))
+    free = run_graph(sgd_graph(model, x, block, **options), feeds)
+    half = run_graph(sgd_graph(model, x, block, frozen=frozen, **options), feeds)
+    still = flat(torch.full(p.shape, n in frozen) for n, p in model.named_parameters())
+    assert 0 < still.sum() < still.size
+    np.testing.assert_array_equal(half["params_out"][still], feeds["params"][still])
+    assert not half["momentum_out"][still].any()
+    assert relative_error(half["params_out"][~still], free["params_out"][~still]) < 1e-6
+    assert relative_error(half["scores"], free["scores"]) < 1e-5
+    assert relative_error(half["grad"], free["grad"]) < 1e-5
+
+
+def test_what_only_frozen_weights_need_is_not_computed():
+    model = models.resnet8(5)
+    x, _ = data((3, 16, 16), 4)
+    frozen = [n for n, _ in model.named_parameters() if n.startswith("body")]
+    whole = export_train_step(model, x, batch=4)
+    head = export_train_step(model, x, batch=4, frozen=frozen)
+    assert len(head.onnx) < 0.5 * len(whole.onnx)
+
+
+def test_a_frozen_parameter_that_is_not_there():
+    with pytest.raises(GraphError) as caught:
+        export_train_step(models.mlp(4, 4, 2), torch.zeros(1, 4), batch=2, frozen=["3.weight"])
+    assert str(caught.value) == "frozen parameter 3.weight: the model has no such parameter"

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import ClassVar
 
+from fleetprune.criteria import Criterion
 from fleetprune_agent.worker import Worker
 from fleetprune_coordinator.config import ClassConfig, FleetConfig, TrainingConfig
-from fleetprune_coordinator.ledger import Criterion
 from fleetprune_coordinator.policy import Policy
 from fleetprune_coordinator.rounds import Rounds
 from fleetprune_sim.methods.fedavg import PLAIN
