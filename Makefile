@@ -3,6 +3,7 @@
 #   make demo [TASK=har] [OUT=DIR] [ROUNDS=N] [SEED=S]
 #   make test [ARGS='tests/shared -k masks']
 #   make check   make bench   make clean
+#   make fuzz [NETS=10000]   (random networks, traced, cut and held against the dense ones)
 #   make study OUT=DIR [SEEDS='60 61']   (docs/method.md: three hours, to be taken up again any time)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ TASK ?= digits
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test check bench study clean
+.PHONY: demo test check bench fuzz study clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.demo
@@ -28,6 +29,11 @@ check: .venv/.dev
 
 bench: .venv/.dev
 	@set -e; for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file"; done
+
+NETS ?= 2000
+
+fuzz: .venv/.dev
+	@FUZZ=$(NETS) $(BIN)/pytest --timeout 0 tests/coordinator/test_random_nets.py $(ARGS)
 
 # Every method at the learning rate that was best on the validation sets of other seeds.
 RATE := training.learning_rate

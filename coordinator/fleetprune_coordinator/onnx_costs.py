@@ -37,7 +37,7 @@ ELEMENTWISE = frozenset({
     "Neg", "Abs", "Sin", "Cos", "Pow", "PRelu", "Add", "Sub", "Mul", "Div", "Max", "Min",
 })
 UNCOUNTED = frozenset({
-    "ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "Attention", "If", "Loop", "Scan",
+    "Einsum", "LSTM", "GRU", "RNN", "Attention", "If", "Loop", "Scan",
 })
 # fmt: on
 CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3}
@@ -156,6 +156,8 @@ def _macs(file: _File, node: onnx.NodeProto, constants: set[str]) -> int:
     if node.op_type in CONVOLUTIONS:
         weight = file.shape(node.input[CONVOLUTIONS[node.op_type]])
         return prod(weight) * prod(file.shape(node.output[0])[2:])
+    if node.op_type == "ConvTranspose":
+        return prod(file.shape(node.input[1])[1:]) * prod(file.shape(node.input[0]))
     if node.op_type in PRODUCTS:
         left = file.shape(node.input[PRODUCTS[node.op_type]])
         transposed = any(a.name == "transA" and a.i for a in node.attribute)

@@ -1,32 +1,26 @@
-"""One inference of a torch model, written down operator by operator.
+"""One inference of a torch model as what it costs: values, memory, multiplications.
 
-For one sample, in evaluation mode. On shapes alone (meta tensors) a branch on values cannot hide,
-because there are none; with values the same takes a third of the time.
+Only operators that read the model's input or what was made of it count: a runtime computes all
+others when it loads the file.
 """
 
-import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any
+from math import prod
 
-import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fleetprune.errors import TraceError
+from fleetprune_coordinator.program import PRODUCTS, Call, Program, Ref, describe, run_program
 
-SUPPORTED = (
-    "Conv1d/2d/3d (plain or depthwise), Linear, BatchNorm, LayerNorm, PReLU, pooling, concat, "
-    "elementwise operators and per-channel parameters"
-)
+FLOAT_BYTES = 4  # the shipped model computes in float32
 
 # fmt: off
 VIEWS = frozenset({
     "view", "_unsafe_view", "_reshape_alias", "reshape", "flatten", "squeeze", "unsqueeze",
-    "alias", "detach", "clone", "contiguous", "lift_fresh",
+    "alias", "detach", "clone", "contiguous", "lift_fresh", "expand", "slice",
 })
 ELEMENTWISE = frozenset({
     "relu", "hardtanh", "clamp", "clamp_min", "clamp_max", "sigmoid", "tanh", "hardsigmoid",
@@ -35,21 +29,23 @@ ELEMENTWISE = frozenset({
     "add", "sub", "rsub", "mul", "div", "maximum", "minimum",
 })
 NORMS = frozenset({
-    "native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm",
 })
-PRODUCTS = frozenset({"convolution", "addmm", "mm"})
 UNCOUNTED_PRODUCTS = frozenset({
-    "bmm", "baddbmm", "mv", "addmv", "dot", "einsum", "_scaled_dot_product_attention_math",
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
+    "einsum", "addbmm", "addr", "_trilinear", "_cdist_forward",
+    "_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
 })
 TEMPORARIES = {
-    "silu": 1, "hardswish": 1, "mish": 1, "gelu": 2, "elu": 2, "softplus": 2,
-    "_prelu_kernel": 2, "_softmax": 2, "_log_softmax": 2, "native_layer_norm": 2,
+    "silu": 1, "hardswish": 1, "mish": 1, "gelu": 2, "elu": 2, "softplus": 2, "glu": 2,
+    "_prelu_kernel": 2, "_softmax": 2, "_safe_softmax": 2, "_log_softmax": 2,
+    "native_layer_norm": 2, "native_group_norm": 2,
 }
 """Operators that export writes as several nodes, and how many tensors of their output's size are in
 memory besides input and output (for those with 2, an upper bound)."""
 # fmt: on
-FIRST_RESULT_ONLY = NORMS | {"native_layer_norm"}
+FIRST_RESULT_ONLY = NORMS | {"native_layer_norm", "native_group_norm"}
 
 
 class Kind(Enum):
@@ -62,7 +58,7 @@ class Kind(Enum):
     NORM = auto()
     """BatchNorm: elementwise where it is folded."""
     PRODUCT = auto()
-    """Convolution or linear layer."""
+    """Of an activation with a weight."""
     OTHER = auto()
     """Writes to a buffer of its own."""
 
@@ -77,6 +73,12 @@ class Operator:
     kind: Kind
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    weight: str = ""
+    """Of a product, the name of the parameter that it multiplies with, whole or in part."""
+    bias: str = ""
+    macs: int = 0
+    folds: bool = False
+    """Whether export can put a BatchNorm behind it into its weight."""
 
 
 @dataclass
@@ -86,175 +88,146 @@ class Recording:
     operators: list[Operator] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     """Elements per value; value 0 is the model's input."""
+    item_bytes: list[int] = field(default_factory=list)
+    """Bytes of an element of each value in the shipped file."""
+    refs: list[int] = field(default_factory=list)
+    """Per value the number of the tensor whose shape it has."""
     result: int = 0
     """The value that is the model's output."""
     output_shape: tuple[int, ...] = ()
 
-    def layers(self) -> list[str]:
-        """Paths of the layers in the order in which they first ran."""
-        return list(dict.fromkeys(op.layer for op in self.operators))
-
-    def positions(self, rows: Mapping[str, int]) -> Counter[str]:
-        """Per layer how often each weight is multiplied, given its output channels."""
+    def weight_macs(self) -> Counter[str]:
+        """Per parameter the multiplications of activations with it."""
         counted: Counter[str] = Counter()
         for op in self.operators:
-            if op.kind is Kind.PRODUCT:
-                counted[op.layer] += self.sizes[op.outputs[0]] // rows[op.layer]
+            if op.weight:
+                counted[op.weight] += op.macs
         return counted
+
+    def macs(self) -> int:
+        """All multiplications."""
+        return sum(op.macs for op in self.operators)
 
     def uses(self) -> Counter[int]:
         """Per value how often it is read; the model's output is read once more."""
         return Counter([*(v for op in self.operators for v in op.inputs), self.result])
 
     def calls(self) -> Counter[str]:
-        """Per convolution, linear and BatchNorm layer how often it runs."""
-        return Counter(op.layer for op in self.operators if op.kind in (Kind.PRODUCT, Kind.NORM))
+        """How often each weight is multiplied with, and each BatchNorm layer runs."""
+        return Counter(
+            op.layer if op.kind is Kind.NORM else op.weight
+            for op in self.operators
+            if op.kind in (Kind.PRODUCT, Kind.NORM)
+        )
 
-    def folded(self) -> dict[int, str]:
+    def folded(self) -> dict[int, Operator]:
         """Which operators are BatchNorms that alone follow a convolution or linear layer.
 
         Returns:
-            Per such operator's index, the path of the layer that export folds it into.
+            Per such operator's index, the product that export folds it into.
         """
         uses = self.uses()
         makers = {v: op for op in self.operators for v in op.outputs}
         return {
-            i: makers[op.inputs[0]].layer
+            i: makers[op.inputs[0]]
             for i, op in enumerate(self.operators)
             if op.kind is Kind.NORM
             and op.inputs[0] in makers
-            and makers[op.inputs[0]].kind is Kind.PRODUCT
+            and makers[op.inputs[0]].folds
             and uses[op.inputs[0]] == 1
         }
 
-    def structure(self) -> list[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
-        """Everything but sizes: the same for every keep count of a model that can be traced."""
-        return [(op.name, op.layer, op.inputs, op.outputs) for op in self.operators]
-
-
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down every operator that reads the model's input or what was made of it."""
-
-    def __init__(self, example: Tensor, layers: Mapping[str, nn.Module]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.recording = Recording()
-        self.stack: list[str] = [""]
-        self.layers = layers
-        self._values: dict[int, int] = {}
-        self._alive: list[Tensor] = []  # so that no id is given twice
-        self._new_value(example)
-
-    def _new_value(self, tensor: Tensor) -> int:
-        self._alive.append(tensor)
-        self._values[id(tensor)] = len(self.recording.sizes)
-        self.recording.sizes.append(tensor.numel())
-        return len(self.recording.sizes) - 1
-
-    def value_of(self, tensor: Tensor) -> int | None:
-        """The number of a value that was recorded."""
-        return self._values.get(id(tensor))
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        inputs = tuple(self._values[id(x)] for x in tensors if id(x) in self._values)
-        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        if not inputs or not made:
-            return result
-        name = func.overloadpacket.__name__.rstrip("_")
-        if name in FIRST_RESULT_ONLY or "pool" in name:
-            made = made[:1]
-        kind = self._kind(name, inputs, made)
-        if kind is Kind.PRODUCT:
-            self._check_product(name, tensors)
-        layer = self.stack[-1]
-        if count := TEMPORARIES.get(name, 0):
-            extra = tuple(self._new_value(torch.empty_like(made[0])) for _ in range(count))
-            self.recording.operators.append(Operator(name, layer, Kind.OTHER, inputs, extra))
-            inputs += extra
-        outputs = tuple(self._new_value(x) for x in made)
-        self.recording.operators.append(Operator(name, layer, kind, inputs, outputs))
-        return result
-
-    def _kind(self, name: str, inputs: tuple[int, ...], made: list[Tensor]) -> Kind:
-        same_size = self.recording.sizes[inputs[0]] == made[0].numel()
-        if name in UNCOUNTED_PRODUCTS:
-            raise TraceError(f"a product of activations ({name}), supported are {SUPPORTED}")
-        if name in PRODUCTS:
-            return Kind.PRODUCT
-        if name in NORMS:
-            return Kind.NORM
-        if name in VIEWS and same_size:
-            return Kind.VIEW
-        if name in ELEMENTWISE and len(inputs) == 1 and same_size:
-            return Kind.ELEMENTWISE
-        return Kind.OTHER
-
-    def _check_product(self, name: str, tensors: Sequence[Tensor]) -> None:
-        layer = self.layers.get(self.stack[-1])
-        weight = getattr(layer, "weight", None)
-        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or not any(
-            x is weight or x._base is weight for x in tensors
-        ):
-            raise TraceError(f"a product ({name}) outside a layer, supported are {SUPPORTED}")
-
-
-def describe(path: str, layer: nn.Module) -> str:
-    """A layer as error messages name it."""
-    return f"{path or 'the model'} ({type(layer).__name__})"
-
-
-def on_shapes(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose tensors have shapes but no values."""
-    return copy.deepcopy(model).eval().to("meta")
-
 
 def record(model: nn.Module, example: Tensor) -> Recording:
-    """Write down one inference.
+    """Write down what one inference costs.
 
     Args:
-        model: In evaluation mode; with values or on shapes alone (see `on_shapes`).
+        model: In evaluation mode; with values or on shapes alone.
         example: (1, ...) on the model's device.
 
     Raises:
-        TraceError: The model does not run, or multiplies outside a layer; names the layer.
+        TraceError: The model does not run, or multiplies in a way that is not counted; names the
+            layer.
     """
-    example = example.detach().clone()  # the model may work in place
-    recorder = _Recorder(example, dict(model.named_modules()))
-    hooks = [
-        hook
-        for path, layer in recorder.layers.items()
-        for hook in (
-            layer.register_forward_pre_hook(lambda *_, path=path: recorder.stack.append(path)),
-            layer.register_forward_hook(lambda *_: (recorder.stack.pop(), None)[1]),
+    return recording_of(run_program(model, example), dict(model.named_modules()))
+
+
+def recording_of(program: Program, layers: Mapping[str, nn.Module]) -> Recording:
+    """What a program costs.
+
+    Raises:
+        TraceError: It multiplies in a way that is not counted; names the layer.
+    """
+    recording = Recording()
+    values: dict[int, int] = {}
+
+    def new(ref: Ref) -> int:
+        values[ref.number] = len(recording.sizes)
+        recording.sizes.append(prod(ref.shape))
+        recording.item_bytes.append(FLOAT_BYTES if ref.real else ref.item_bytes)
+        recording.refs.append(ref.number)
+        return values[ref.number]
+
+    new(program.input)
+    for call in program.calls:
+        made = [ref for ref in call.outputs if ref.depends]
+        inputs = tuple(values[ref.number] for ref in call.inputs if ref.number in values)
+        if not made or not inputs:  # what reads a pool's indices alone is no cost either
+            continue
+        if call.name in UNCOUNTED_PRODUCTS:
+            named = describe(call.layer, layers[call.layer])
+            raise TraceError(f"{named}: products of {call.name} are not counted, expected {PLAIN}")
+        if call.name in FIRST_RESULT_ONLY or "pool" in call.name:
+            made = made[:1]
+        if count := _temporaries(call):
+            extra = tuple(new(made[0]) for _ in range(count))
+            recording.operators.append(Operator(call.name, call.layer, Kind.OTHER, inputs, extra))
+            inputs += extra
+        outputs = tuple(new(ref) for ref in made)
+        recording.operators.append(_operator(call, recording.sizes, inputs, outputs))
+    recording.result = values[program.output.number]
+    recording.output_shape = program.output.shape
+    return recording
+
+
+def _temporaries(call: Call) -> int:
+    if call.name in NORMS and call.arguments.get("training"):  # InstanceNorm
+        return 2
+    return TEMPORARIES.get(call.name, 0)
+
+
+PLAIN = "matrix products and convolutions"
+
+
+def _operator(
+    call: Call, sizes: list[int], inputs: tuple[int, ...], outputs: tuple[int, ...]
+) -> Operator:
+    if call.name in PRODUCTS:
+        weight = call.weight
+        kind = Kind.PRODUCT if weight else Kind.OTHER
+        bias = call.arguments.get("bias" if call.name == "convolution" else "self")
+        named = bias.name if isinstance(bias, Ref) and call.name in FOLDING else ""
+        return Operator(
+            call.name, call.layer, kind, inputs, outputs, weight, named, call.macs, _folds(call)
         )
-    ]
-    try:
-        with torch.no_grad(), recorder:
-            out = model(example)
-    except Exception as error:
-        path = recorder.stack[-1]
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if not isinstance(error, TraceError):
-            where = ""
-            if example.is_meta:
-                where = " on shapes alone, expected no branch on values"
-                if "meta" not in reason:  # it is not about values that are not there
-                    where = f" on an input of shape {tuple(example.shape)}"
-            reason = f"does not run{where}: {reason}"
-        raise TraceError(f"{describe(path, recorder.layers[path])}: {reason}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    result = recorder.value_of(out) if isinstance(out, Tensor) else None
-    if result is None or out.dim() != 2 or out.shape[0] != 1:
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise TraceError(
-            f"{describe('', model)}: output {got}, expected a tensor (1, classes) that is "
-            f"computed from the input"
-        )
-    recorder.recording.result = result
-    recorder.recording.output_shape = tuple(out.shape)
-    return recorder.recording
+    same_size = sizes[inputs[0]] == sizes[outputs[0]]
+    kind = Kind.OTHER
+    if call.name in NORMS and not call.arguments.get("training"):
+        kind = Kind.NORM
+    elif call.name in VIEWS and same_size:
+        kind = Kind.VIEW
+    elif call.name in ELEMENTWISE and len(inputs) == 1 and same_size:
+        kind = Kind.ELEMENTWISE
+    return Operator(call.name, call.layer, kind, inputs, outputs)
+
+
+FOLDING = {"convolution": "weight", "addmm": "mat2", "mm": "mat2"}
+"""Products that export folds a BatchNorm into, and the name of their weight."""
+
+
+def _folds(call: Call) -> bool:
+    """Whether the weight is a whole parameter, as it is or transposed."""
+    if call.name not in FOLDING or call.arguments.get("transposed"):
+        return False
+    weight: Ref = call.arguments[FOLDING[call.name]]
+    return bool(weight.whole)

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fleetprune.errors import UsageError
 from fleetprune.layout import Architecture, KeepCounts, Role, TensorSpec, axis_indices, cut
+from fleetprune_coordinator.attention import HeadAttention, with_cuttable_heads
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -50,23 +51,32 @@ def resize(model: nn.Module, architecture: Architecture, keep: KeepCounts) -> nn
         keep: Units to keep per group.
 
     Returns:
-        A model of `TensorSpec.shape(keep)`, with the leading units' values.
+        A model of `TensorSpec.shape(keep)`, with the leading units' values. Its attention layers
+        are `HeadAttention`s.
 
     Raises:
         BudgetError: `keep` is out of range.
         UsageError: The model is not the dense model that `architecture` describes.
     """
     architecture.check_keep(keep)
-    small = copy.deepcopy(model)
+    small = with_cuttable_heads(copy.deepcopy(model))
     specs = {spec.name: spec for spec in architecture.tensors}
+    parts: dict[int, Tensor] = {}  # shared tensors stay shared
     for path, layer in small.named_modules():
-        depthwise = is_depthwise(layer)
+        widths = _widths(layer)
         for slots in (layer._parameters, layer._buffers):
             for leaf, tensor in slots.items():
                 spec = specs.get(f"{path}.{leaf}" if path else leaf)
-                if tensor is not None and spec is not None:
-                    slots[leaf] = _leading(tensor, spec, architecture, keep)
-        _fix_attributes(layer, depthwise)
+                if tensor is None or (spec is None and id(tensor) not in parts):
+                    continue
+                if id(tensor) not in parts and spec is not None:
+                    parts[id(tensor)] = _leading(tensor, spec, architecture, keep)
+                slots[leaf] = parts[id(tensor)]
+        _fix_attributes(layer, widths)
+    for name, axis in architecture.sizes.items():
+        path, _, attribute = name.rpartition(".")
+        size = sum(s.kept(keep) * s.block for s in axis)
+        setattr(small.get_submodule(path), attribute, size)
     return small
 
 
@@ -85,21 +95,46 @@ def _leading(
     return part.clone()
 
 
-def _fix_attributes(layer: nn.Module, depthwise: bool) -> None:
-    """Make the sizes that a layer remembers those of its tensors."""
+def _widths(layer: nn.Module) -> tuple[int, int]:
+    """Channels in and out of one group of a dense convolution or GroupNorm; else 0."""
     if isinstance(layer, _ConvNd):
-        layer.out_channels = layer.weight.shape[0]
-        if depthwise:
-            layer.groups = layer.out_channels
-        layer.in_channels = layer.weight.shape[1] * layer.groups
+        return layer.in_channels // layer.groups, layer.out_channels // layer.groups
+    if isinstance(layer, nn.GroupNorm):
+        width = layer.num_channels // layer.num_groups
+        return width, width
+    return 0, 0
+
+
+def _fix_attributes(layer: nn.Module, widths: tuple[int, int]) -> None:
+    """Make the sizes that a layer remembers those of its tensors.
+
+    Of layers in groups whole groups are cut, so that a group is as wide as it was.
+    """
+    if isinstance(layer, _ConvNd):
+        inputs, outputs = layer.weight.shape[1], layer.weight.shape[0]
+        turned = isinstance(layer, _ConvTransposeNd)
+        if layer.groups > 1:
+            layer.groups = outputs // widths[0 if turned else 1]
+        inputs *= layer.groups
+        layer.in_channels, layer.out_channels = (outputs, inputs) if turned else (inputs, outputs)
+    elif isinstance(layer, nn.GroupNorm):
+        if layer.weight is not None:
+            layer.num_channels = layer.weight.shape[0]
+            layer.num_groups = layer.num_channels // widths[0]
+    elif isinstance(layer, HeadAttention):
+        packed = layer.in_proj_weight is not None
+        rows = layer.in_proj_weight.shape[0] // 3 if packed else layer.q_proj_weight.shape[0]
+        layer.num_heads = rows // layer.head_dim
     elif isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
-    elif isinstance(layer, _BatchNorm):
+    elif isinstance(layer, _NormBase):
         sized = layer.weight if layer.weight is not None else layer.running_mean
         if sized is not None:
             layer.num_features = sized.shape[0]
     elif isinstance(layer, nn.LayerNorm) and layer.weight is not None:
         layer.normalized_shape = tuple(layer.weight.shape)
+    elif isinstance(layer, nn.Embedding):
+        layer.num_embeddings, layer.embedding_dim = layer.weight.shape
     elif isinstance(layer, nn.PReLU):
         layer.num_parameters = layer.weight.shape[0]
 

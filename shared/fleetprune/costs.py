@@ -27,7 +27,7 @@ class Costs:
     artifact_bytes: int
     """Bytes of the shipped file."""
     macs: int
-    """Multiply-accumulates of the convolutions and linear layers, for one sample."""
+    """Multiply-accumulates of convolutions, linear layers and attention, for one sample."""
     peak_activation_bytes: int
     """Most bytes of intermediate tensors in memory at once, for one sample."""
 
@@ -79,6 +79,9 @@ class CostModel:
             is_parameter = spec.role is Role.PARAMETER
             counted = (spec.artifact_bytes, spec.positions, int(is_parameter), 0)
             yield Product(tuple(cut_rows), tuple(scale * weight for weight in counted))
+        for product in architecture.products:
+            rows = tuple(axis_row(axis, self._column) for axis in product.axes)
+            yield Product(rows, (0, product.times, 0, 0))
 
     def _sum_live(self, architecture: Architecture) -> None:
         """One row per operator: the bytes in memory; rows that never decide are left out."""

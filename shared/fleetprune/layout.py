@@ -91,6 +91,14 @@ class Activation(_Plain):
         return self.fixed + sum(b * keep[g] for g, b in self.per_unit.items())
 
 
+class Multiplication(_Plain):
+    """Multiply-accumulates of activations with each other for one sample (attention)."""
+
+    axes: tuple[Axis, ...]
+    """Their number is the product of the lengths of these, times `times`."""
+    times: int = Field(ge=1)
+
+
 class Gate(_Plain):
     """A tensor whose elements scale or make the units of a group (see `criteria.taylor`)."""
 
@@ -113,6 +121,13 @@ class Architecture(_Plain):
     activations: tuple[Activation, ...] = ()
     live: tuple[tuple[int, ...], ...] = ()
     """Per executed operator, which activations are in memory at that moment."""
+    products: tuple[Multiplication, ...] = ()
+    """What is multiplied beside the tensors' `positions`."""
+    sizes: dict[str, Axis] = Field(default_factory=dict)
+    """Numbers that the model's code keeps, such as "blocks.0.attention.heads", and what each
+    counts."""
+    uncut: dict[str, str] = Field(default_factory=dict)
+    """Per layer whose outputs, or some of them, are in no group: why they must stay."""
     overhead_bytes: int = 0
     """Bytes of the shipped file that are not weights (an upper bound: that of the dense file)."""
     input_shape: tuple[int, ...] = ()
@@ -122,6 +137,8 @@ class Architecture(_Plain):
     def _refer_to_known_groups(self) -> "Architecture":
         used = {g for t in self.tensors for g in t.groups()}
         used |= {g for a in self.activations for g in a.per_unit}
+        axes = [*(a for p in self.products for a in p.axes), *self.sizes.values()]
+        used |= {s.group for axis in axes for s in axis if s.group is not None}
         if unknown := sorted(used - set(self.groups)):
             raise ValueError(f"tensors refer to unknown groups {unknown}")
         for tensor in self.tensors:
@@ -138,6 +155,15 @@ class Architecture(_Plain):
     def dense(self) -> dict[str, int]:
         """Keep counts of the uncut model."""
         return dict(self.groups)
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """Per group the least that a unit takes of any axis: 1, or the width of a head."""
+        least: dict[str, int] = {}
+        for segment in (s for t in self.tensors for axis in t.axes for s in axis):
+            if (group := segment.group) is not None:
+                least[group] = min(least.get(group, segment.block), segment.block)
+        return least
 
     def tensor(self, name: str) -> TensorSpec:
         """The tensor called `name`; KeyError if there is none."""

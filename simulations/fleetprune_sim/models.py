@@ -74,6 +74,71 @@ def resnet8(classes: int = 10, channels: int = 3, stride: int = 1) -> nn.Module:
     return Classifier(body, nn.AdaptiveAvgPool2d(1), 64, classes)
 
 
+def se_resnet8(
+    classes: int = 10, channels: int = 3, stride: int = 1, reduction: int = 4
+) -> nn.Module:
+    """`resnet8` with squeeze and excitation in its blocks; input (channels, h, w).
+
+    Hu, Shen and Sun, "Squeeze-and-Excitation Networks", 2018: SE-ResNet, figure 3.
+
+    Args:
+        classes: Outputs.
+        channels: Of the input.
+        stride: Of the first layer.
+        reduction: A block's channels per unit of its squeezed layer.
+    """
+    body = nn.Sequential(
+        conv2d(channels, 16, stride=stride),
+        *(
+            ResidualBlock(i, o, step, SqueezeExcite(o, o // reduction))
+            for i, o, step in ((16, 16, 1), (16, 32, 2), (32, 64, 2))
+        ),
+    )
+    return Classifier(body, nn.AdaptiveAvgPool2d(1), 64, classes)
+
+
+def transformer(
+    channels: int = 6,
+    length: int = 128,
+    classes: int = 5,
+    *,
+    width: int = 64,
+    heads: int = 4,
+    layers: int = 2,
+    hidden: int = 128,
+    patch: int = 8,
+) -> nn.Module:
+    """A small transformer encoder for windows of sensor data; input (channels, length).
+
+    The encoder of Vaswani et al., "Attention Is All You Need", 2017, with the norms before its
+    layers and patches as tokens, as in Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021;
+    for sensor windows as in Dirgová Luptáková, Kubovčík and Pospíchal, "Wearable Sensor-Based
+    Human Activity Recognition with Transformer Model", 2022. Heads and hidden units can be cut;
+    the tokens' width cannot, since every layer normalises over it.
+
+    Args:
+        channels: Of the input.
+        length: Samples of a window, a multiple of `patch`.
+        classes: Outputs.
+        width: Of a token; a multiple of `heads`.
+        heads: Of attention, per layer.
+        layers: Of the encoder.
+        hidden: Units of each layer's perceptron.
+        patch: Samples per token.
+
+    Raises:
+        ValueError: `length` is no multiple of `patch`.
+    """
+    if length % patch:
+        raise ValueError(f"windows of {length} samples, expected a multiple of the patch, {patch}")
+    return Transformer(
+        nn.Conv1d(channels, width, patch, patch),
+        length // patch,
+        nn.Sequential(*(EncoderLayer(width, heads, hidden) for _ in range(layers))),
+        classes,
+    )
+
+
 def mobilenet_v2(
     width: float = 0.35, classes: int = 10, channels: int = 3, stride: int = 1
 ) -> nn.Module:
@@ -132,7 +197,7 @@ def _mobile(
     classes: int,
 ) -> nn.Module:
     """Stem, blocks by a table as the two above, a wide 1x1 convolution, the classifier."""
-    layers = [conv2d(channels, stem, stride=stride, activation=nn.ReLU6)]
+    layers: list[nn.Module] = [conv2d(channels, stem, stride=stride, activation=nn.ReLU6)]
     inputs = stem
     for expansion, outputs, blocks, first, kernel in rows:
         for number in range(blocks):
@@ -151,7 +216,7 @@ def conv2d(
     stride: int = 1,
     groups: int = 1,
     activation: Callable[[], nn.Module] | None = nn.ReLU,
-) -> nn.Module:
+) -> nn.Sequential:
     """Convolution, BatchNorm and, unless None, an activation."""
     layers = [
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
@@ -178,12 +243,16 @@ class Classifier(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """relu(conv(relu(conv(x))) + shortcut(x))."""
+    """relu(conv(relu(conv(x))) + shortcut(x)), with something behind the second convolution."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, stride: int, behind: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.first = conv2d(inputs, outputs, stride=stride)
         self.second = conv2d(outputs, outputs, activation=None)
+        if behind is not None:
+            self.second.append(behind)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = conv2d(inputs, outputs, kernel=1, stride=stride, activation=None)
@@ -191,6 +260,59 @@ class ResidualBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(n, inputs, h, w) -> (n, outputs, h / stride, w / stride)."""
         return torch.relu(self.second(self.first(x)) + self.shortcut(x))
+
+
+class SqueezeExcite(nn.Module):
+    """Each channel times a factor between 0 and 1 that follows from the means of all."""
+
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(channels, squeezed)
+        self.up = nn.Linear(squeezed, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, channels, h, w) -> the same shape."""
+        factors = torch.sigmoid(self.up(torch.relu(self.down(x.mean((2, 3))))))
+        return x * factors[:, :, None, None]
+
+
+class Transformer(nn.Module):
+    """Patches of a window as tokens with places, an encoder, the mean token, a linear layer."""
+
+    def __init__(self, patches: nn.Conv1d, tokens: int, body: nn.Module, classes: int) -> None:
+        super().__init__()
+        width = patches.out_channels
+        self.patches = patches
+        self.places = nn.Parameter(0.02 * torch.randn(1, tokens, width))
+        self.body = body
+        self.norm = nn.LayerNorm(width)
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, channels, length) -> (n, classes)."""
+        tokens = self.patches(x).transpose(1, 2) + self.places
+        logits: torch.Tensor = self.fc(self.norm(self.body(tokens)).mean(1))
+        return logits
+
+
+class EncoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + perceptron(norm(x))."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.first = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.second = nn.LayerNorm(width)
+        self.perceptron = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, tokens, width) -> the same shape."""
+        y = self.first(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        z: torch.Tensor = x + self.perceptron(self.second(x))
+        return z
 
 
 class InvertedResidual(nn.Module):

@@ -1,10 +1,15 @@
 """Small nets with every coupling that the tracer knows, and some that it must refuse."""
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn import functional
 
+from fleetprune.layout import axis_indices
+from fleetprune_coordinator.attention import with_cuttable_heads
+from fleetprune_coordinator.resize import statistics_of
 from fleetprune_sim import models
 
 
@@ -176,6 +181,239 @@ def shared_block():
     return Wired(wiring, **layers), (3, 8, 8)
 
 
+def grouped():
+    """Whole groups go: the second layer's three outputs with the two inputs that they read."""
+    layers = [block(3, 8), block(8, 12, groups=4), block(12, 5, 1), head(5)]
+    return nn.Sequential(*layers), (3, 8, 8)
+
+
+def two_groupings():
+    """One stream read in groups of 2 and of 4: it goes in steps of 4 channels."""
+
+    def wiring(m, x):
+        x = m.stem(x)
+        return m.head(torch.cat([m.pairs(x), m.fours(x)], 1))
+
+    layers = {"stem": conv(3, 8), "pairs": conv(8, 8, groups=4), "fours": conv(8, 4, groups=2)}
+    return Wired(wiring, **layers, head=head(12)), (3, 8, 8)
+
+
+def multiplied():
+    """Depthwise with three filters per channel."""
+    return nn.Sequential(block(3, 4), block(4, 12, groups=4), head(12)), (3, 8, 8)
+
+
+def transposed():
+    layers = [conv(3, 4), nn.ConvTranspose2d(4, 6, 2, 2), nn.BatchNorm2d(6), nn.ReLU()]
+    layers += [nn.ConvTranspose2d(6, 12, 3, 2, 1, 1, groups=3), nn.ReLU(), head(12)]
+    return nn.Sequential(*layers), (3, 4, 4)
+
+
+def group_norm():
+    return nn.Sequential(conv(3, 8), nn.GroupNorm(4, 8), nn.ReLU(), head(8)), (3, 8, 8)
+
+
+def instance_norm():
+    layers = [conv(3, 8), nn.InstanceNorm2d(8, affine=True), nn.ReLU(), conv(8, 4, 1), nn.ReLU()]
+    return nn.Sequential(*layers, head(4)), (3, 8, 8)
+
+
+def volume():
+    layers = [nn.Conv3d(2, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 6, 3)]
+    layers += [nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(6, 3)]
+    return nn.Sequential(*layers), (2, 5, 5, 5)
+
+
+def gated_linear():
+    return nn.Sequential(nn.Linear(5, 12), nn.GLU(1), nn.Linear(6, 3)), (5,)
+
+
+def halves():
+    """Half of the channels is convolved, then all go on: both halves are cut alike."""
+
+    def wiring(m, x):
+        a, b = m.stem(x).chunk(2, 1)
+        return m.head(torch.relu(torch.cat([a, m.side(b)], 1)))
+
+    return Wired(wiring, stem=conv(3, 8), side=conv(4, 6), head=head(10)), (3, 8, 8)
+
+
+def padded_shortcut():
+    """ResNet's shortcut without weights: the new channels are zeros, and stay."""
+
+    def wiring(m, x):
+        x = m.stem(x)
+        y = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+        return m.head(torch.relu(y + m.body(x)))
+
+    return Wired(wiring, stem=conv(3, 4), body=conv(4, 8, stride=2), head=head(8)), (3, 8, 8)
+
+
+def low_rank():
+    """A weight that is a product of two."""
+    wiring = functional.linear
+    layer = Wired(
+        lambda m, x: wiring(x, m.left @ m.right),
+        left=nn.Parameter(torch.zeros(8, 4)),
+        right=nn.Parameter(torch.zeros(4, 6)),
+    )
+    return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), layer, nn.ReLU(), nn.Linear(8, 3)), (5,)
+
+
+def embedded():
+    """Indices of words in, as far as anything here is one."""
+    net = Wired(
+        lambda m, x: m.fc(torch.relu(m.table(x.abs().clamp(0, 4).long())).mean(1)),
+        table=nn.Embedding(5, 8),
+        fc=nn.Linear(8, 3),
+    )
+    return net, (7,)
+
+
+class Attention(nn.Module):
+    """Attention as people write it: one layer for queries, keys and values, or three."""
+
+    def __init__(self, width, heads, head_width, view):
+        super().__init__()
+        self.heads, self.head_width, self.inner = heads, head_width, heads * head_width
+        self.view = view
+        if view == "three":
+            self.q, self.k, self.v = (nn.Linear(width, self.inner) for _ in range(3))
+        else:
+            self.qkv = nn.Linear(width, 3 * self.inner)
+        self.out = nn.Linear(self.inner, width)
+
+    def forward(self, x):
+        n, length, _ = x.shape
+        if self.view == "three":  # the number of heads follows from what is there
+            q, k, v = (
+                layer(x).view(n, length, -1, self.head_width).transpose(1, 2)
+                for layer in (self.q, self.k, self.v)
+            )
+        elif self.view == "chunks":  # it is remembered, and so is the width of all heads
+            q, k, v = (
+                part.view(n, length, self.heads, self.head_width).transpose(1, 2)
+                for part in self.qkv(x).split(self.inner, -1)
+            )
+        else:
+            whole = self.qkv(x).view(n, length, 3, self.heads, self.head_width)
+            q, k, v = whole.permute(2, 0, 3, 1, 4)
+        scores = torch.einsum("nhld,nhmd->nhlm", q, k) / self.head_width**0.5
+        mixed = (scores.softmax(-1) @ v).transpose(1, 2)
+        return self.out(mixed.reshape(n, length, self.inner if self.view == "chunks" else -1))
+
+
+def tokens(*layers, width=8):
+    """Windows (length, 5) through layers that take (n, length, width)."""
+    embed = [nn.Linear(5, width), nn.ReLU()]
+    mean = Wired(lambda m, x: m.fc(torch.relu(x).mean(1)), fc=nn.Linear(width, 3))
+    return nn.Sequential(*embed, *layers, mean), (6, 5)
+
+
+def attention_one_layer():
+    return tokens(Attention(8, 4, 2, "one"))
+
+
+def attention_three_layers():
+    return tokens(Attention(8, 4, 3, "three"))
+
+
+def attention_chunks():
+    return tokens(Attention(8, 2, 3, "chunks"))
+
+
+def attention_one_head():
+    """The only head stays, and with it its width, by which the scores are divided."""
+    return tokens(Attention(8, 1, 6, "three"))
+
+
+class Rotated(nn.Module):
+    """Queries and keys normalised per head, turned by their places; a trained bias per head."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 12) for _ in range(3))
+        self.norm, self.gain = nn.LayerNorm(3), nn.Parameter(torch.ones(3))
+        self.places = nn.Parameter(torch.zeros(4, 6, 6))
+        self.out = nn.Linear(12, 8)
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (-1, 3)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        angle = torch.arange(x.shape[1])[:, None] / 3.0
+        q, k = self.norm(q) * self.gain, self.norm(k)
+        q = q * torch.cos(angle) + q.roll(1, -1) * torch.sin(angle)
+        mixed = functional.scaled_dot_product_attention(q, k, v, self.places)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def attention_rotated():
+    return tokens(Rotated())
+
+
+def attention_of_torch():
+    attention = nn.MultiheadAttention(8, 4, batch_first=True)
+    return tokens(Wired(lambda m, x: x + m.attention(x, x, x)[0], attention=attention))
+
+
+def attention_across():
+    """Queries from the window; keys and values from its first samples, as wide as they like."""
+
+    def wiring(m, x):
+        queries, others = torch.relu(m.embed(x)), torch.relu(m.other(x[:, :4]))
+        mixed, _ = m.attention(queries, others, others, attn_mask=torch.zeros(6, 4))
+        return m.fc(torch.relu(mixed).mean(1))
+
+    layers = {"embed": nn.Linear(5, 8), "other": nn.Linear(5, 6), "fc": nn.Linear(8, 3)}
+    attention = nn.MultiheadAttention(8, 4, kdim=6, vdim=6, batch_first=True)
+    return Wired(wiring, attention=attention, **layers), (6, 5)
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(8, 2, 12, 0.1, "gelu", batch_first=True, norm_first=True)
+    return tokens(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+
+
+def class_token():
+    """A trained token before the others and a place for each, all as wide as the stream."""
+    net = Wired(
+        lambda m, x: m.fc(
+            torch.relu(torch.cat([m.token.expand(len(x), -1, -1), m.embed(x)], 1) + m.places)[:, 0]
+        ),
+        token=nn.Parameter(torch.zeros(1, 1, 8)),
+        places=nn.Parameter(torch.zeros(1, 7, 8)),
+        embed=nn.Linear(5, 8),
+        fc=nn.Linear(8, 3),
+    )
+    return net, (6, 5)
+
+
+def mixer():
+    """A perceptron over the tokens and one over the channels (Tolstikhin et al. 2021)."""
+
+    def wiring(m, x):
+        x = x + m.t2(torch.relu(m.t1(m.norm(x).transpose(1, 2)))).transpose(1, 2)
+        return x + m.c2(torch.relu(m.c1(m.norm(x))))
+
+    layers = {"t1": nn.Linear(6, 10), "t2": nn.Linear(10, 6), "norm": nn.LayerNorm(8)}
+    return tokens(Wired(wiring, c1=nn.Linear(8, 12), c2=nn.Linear(12, 8), **layers))
+
+
+def dead_ends():
+    """A branch that reaches no output, so that what it reads stays, and a layer that never runs."""
+
+    def wiring(m, x):
+        x = torch.relu(m.a(x))
+        m.branch(x)
+        return m.head(torch.relu(m.b(x)))
+
+    layers = {"a": conv(3, 4), "b": conv(4, 6), "branch": conv(4, 5), "idle": nn.Linear(2, 7)}
+    return Wired(wiring, head=head(6), **layers), (3, 8, 8)
+
+
+def transformer():
+    return models.transformer(3, 24, 4, width=16, heads=2, layers=2, hidden=12), (3, 24)
+
+
 def efficientnet_lite0():
     return models.efficientnet_lite0(width=0.25, classes=5), (3, 16, 16)
 
@@ -193,7 +431,7 @@ GROUPS = {
     cnn1d: {"0": 4},
     mlp: {"0": 8},
     norm_mlp: {"0": 8, "3": 6},
-    layer_norm_mlp: {"0": 8, "3": 6},
+    layer_norm_mlp: {"3": 6},
     scaled: {"0": 4, "4": 6},
     gated_activations: {"0.0": 4, "1.0": 6},
     into_the_input: {"b": 6},
@@ -217,6 +455,42 @@ GROUPS = {
 }
 """Nets that can be traced, and the groups that they have."""
 
+OTHERS = {
+    grouped: {"0.0": 4, "2.0": 5},
+    two_groupings: {"stem": 2},
+    multiplied: {"0.0": 4},
+    transposed: {"0": 4, "1": 3},
+    group_norm: {"0": 4},
+    instance_norm: {"0": 8, "3": 4},
+    volume: {"0": 4, "3": 6},
+    gated_linear: {"0": 6},
+    halves: {"stem": 4, "side": 6},
+    padded_shortcut: {"stem": 4},
+    low_rank: {"2.left": 8, "2.left:2": 4},
+    embedded: {"table": 8},
+    attention_one_layer: {"0": 8, "2.qkv": 4, "2.out": 8},
+    attention_three_layers: {"0": 8, "2.q": 4, "2.out": 8},
+    attention_chunks: {"0": 8, "2.qkv": 2, "2.out": 8},
+    attention_one_head: {"0": 8, "2.out": 8},
+    attention_rotated: {"0": 8, "2.q": 4, "2.out": 8},
+    attention_of_torch: {"0": 8, "2.attention": 4},
+    attention_across: {"embed": 8, "other": 6, "attention": 4, "attention.out_proj": 8},
+    encoder: {
+        **{"2.layers.0.self_attn": 2, "2.layers.0.linear1": 12},
+        **{"2.layers.1.self_attn": 2, "2.layers.1.linear1": 12},
+    },
+    class_token: {"embed": 8},
+    mixer: {"2.t1": 10, "2.c1": 12},
+    dead_ends: {"b": 6},
+    transformer: {
+        **{"body.0.attention": 2, "body.0.perceptron.0": 12},
+        **{"body.1.attention": 2, "body.1.perceptron.0": 12},
+    },
+}
+"""The same, with operators whose memory is bounded, not counted, or that leave the integers."""
+
+ALL = GROUPS | OTHERS
+
 
 def make(net):
     """A net with weights that are neither 0 nor 1, and an input for it."""
@@ -227,3 +501,25 @@ def make(net):
             if tensor.is_floating_point():
                 tensor.uniform_(0.5, 1.5) if "var" in name else tensor.normal_(0.1, 0.5)
     return model.eval(), torch.randn(1, *shape)
+
+
+def zeroed(model, architecture, keep):
+    """The dense model in evaluation mode with the weights of units behind `keep` set to zero."""
+    twin = with_cuttable_heads(copy.deepcopy(model)).eval()
+    tensors = dict([*twin.named_parameters(), *statistics_of(twin)])
+    with torch.no_grad():
+        for spec in architecture.tensors:
+            kept = axis_indices_of(spec, architecture, keep)
+            rest = torch.ones(tensors[spec.name].shape, dtype=torch.bool)
+            rest[kept] = False
+            tensors[spec.name][rest] = 0
+    return twin
+
+
+def axis_indices_of(spec, architecture, keep):
+    """An open mesh of what a cut model has of a tensor."""
+    dense = architecture.groups
+    axes = [torch.from_numpy(axis_indices(axis, dense, keep)) for axis in spec.axes]
+    return tuple(
+        a.reshape([-1 if i == axis else 1 for i in range(len(axes))]) for axis, a in enumerate(axes)
+    )

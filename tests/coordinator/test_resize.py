@@ -17,15 +17,15 @@ def traced(net):
     return model, example, trace(model, example)
 
 
-@pytest.mark.parametrize("net", nets.GROUPS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("net", nets.ALL, ids=lambda f: f.__name__)
 def test_extracting_everything_changes_nothing(net):
     model, example, architecture = traced(net)
     parameters, statistics = read(model)
     whole = extract(model, architecture, parameters, statistics, architecture.dense)
-    assert torch.equal(whole(example), model(example))
+    torch.testing.assert_close(whole(example), model(example), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("net", nets.GROUPS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("net", nets.ALL, ids=lambda f: f.__name__)
 def test_reordered_units_compute_the_same(net):
     model, example, architecture = traced(net)
     rng = np.random.default_rng(1)
@@ -38,6 +38,21 @@ def test_reordered_units_compute_the_same(net):
     ]
     permuted = extract(model, architecture, *moved, architecture.dense)
     torch.testing.assert_close(permuted(example), model(example), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("net", nets.ALL, ids=lambda f: f.__name__)
+def test_a_cut_model_is_the_dense_one_with_the_units_zeroed(net):
+    """All groups at once and each alone, in float32."""
+    model, example, architecture = traced(net)
+    half = {g: max(1, n // 2) for g, n in architecture.groups.items()}
+    alone = [architecture.dense | {group: kept} for group, kept in half.items()]
+    with torch.no_grad():
+        for keep in [half, *alone]:
+            small = resize(model, architecture, keep)
+            zeroed = nets.zeroed(model, architecture, keep)
+            want = zeroed(example)
+            bound = 1e-5 * max(1.0, float(want.abs().max()))
+            torch.testing.assert_close(small(example), want, rtol=0, atol=bound)
 
 
 def test_a_cut_model_keeps_the_leading_units():
@@ -76,8 +91,27 @@ def test_attributes_follow_the_tensors():
 
 
 def test_attributes_of_other_layers():
-    model, _, architecture = traced(nets.layer_norm_mlp)
-    assert resize(model, architecture, {"0": 5, "3": 1})[1].normalized_shape == (5,)
+    model, _, architecture = traced(nets.grouped)
+    small = resize(model, architecture, {"0.0": 3, "2.0": 5})
+    assert (small[1][0].in_channels, small[1][0].out_channels, small[1][0].groups) == (6, 9, 3)
+    model, _, architecture = traced(nets.transposed)
+    small = resize(model, architecture, {"0": 3, "1": 2})
+    assert (small[1].in_channels, small[1].out_channels, small[1].groups) == (3, 4, 1)
+    assert (small[4].in_channels, small[4].out_channels, small[4].groups) == (4, 8, 2)
+    model, _, architecture = traced(nets.group_norm)
+    small = resize(model, architecture, {"0": 3})
+    assert (small[1].num_channels, small[1].num_groups) == (6, 3)
+    model, _, architecture = traced(nets.instance_norm)
+    assert resize(model, architecture, {"0": 5, "3": 2})[1].num_features == 5
+    model, _, architecture = traced(nets.embedded)
+    small = resize(model, architecture, {"table": 3})
+    assert (small.table.num_embeddings, small.table.embedding_dim) == (5, 3)
+    model, _, architecture = traced(nets.attention_of_torch)
+    small = resize(model, architecture, {"0": 8, "2.attention": 3})[2].attention
+    assert (small.num_heads, small.head_dim, small.embed_dim) == (3, 2, 8)
+    model, _, architecture = traced(nets.attention_chunks)
+    small = resize(model, architecture, {"0": 8, "2.qkv": 1, "2.out": 8})[2]
+    assert (small.heads, small.head_width, small.inner) == (1, 3, 3)
     model, _, architecture = traced(nets.scaled)
     small = resize(model, architecture, {"0": 3, "4": 2})
     assert (small[2].num_parameters, small[5].num_parameters) == (3, 1)

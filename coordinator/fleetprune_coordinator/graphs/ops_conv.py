@@ -6,6 +6,7 @@ gradient of y. `ops_conv_blocked` does the same faster where the graph may use b
 # ruff: noqa: PLR0917  (a rule takes the operator's arguments in the order of its schema)
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,13 +33,12 @@ def convolution(
     pad: Sequence[int],
     dilation: Sequence[int],
     transposed: bool,
-    _output_padding: Sequence[int],
+    output_padding: Sequence[int],
     groups: int,
 ) -> Value:
-    """Conv1d and Conv2d (and, without gradients, Conv3d)."""
-    if transposed:
-        raise call.unsupported("has no lowering for transposed convolutions")
-    if low.block and len(x.shape) in (3, 4):
+    """Conv1d and Conv2d, also transposed (and, without gradients, 3d)."""
+    extra: dict[str, Any] = {"output_padding": list(output_padding)} if transposed else {}
+    if low.block and len(x.shape) in (3, 4) and not transposed:
         geometry = conv_geometry(
             x.shape, w.shape, call.shape, stride=stride, pad=pad, dilation=dilation, groups=groups
         )
@@ -46,13 +46,14 @@ def convolution(
             return fast.forward(low, call, geometry, x, w, bias)
     inputs = [low.plain(v) for v in (x, w, bias) if v is not None]
     name = low.op(
-        "Conv",
+        "ConvTranspose" if transposed else "Conv",
         *inputs,
         kernel_shape=list(w.shape[2:]),
         strides=list(stride),
         pads=[*pad, *pad],
         dilations=list(dilation),
         group=groups,
+        **extra,
     )
     return low.result(call, name)
 
@@ -74,11 +75,15 @@ def convolution_backward(
     wanted: Sequence[bool],
 ) -> list[Value | None]:
     """Gradients of input, weight and bias, each where it is wanted."""
-    if transposed or len(x.shape) not in (3, 4):
-        raise call.unsupported("is supported for Conv1d and Conv2d only")
+    if len(x.shape) not in (3, 4):
+        raise call.unsupported("is supported for one and two dimensions only")
+    if transposed:
+        x, g = g, x  # it is the input gradient of the convolution that leads the other way
     geometry = conv_geometry(
         x.shape, w.shape, g.shape, stride=stride, pad=pad, dilation=dilation, groups=groups
     )
+    if transposed:
+        return _transposed_backward(low, geometry, x, g, w, wanted)
     blocked = bool(low.block) and fast.suits(geometry) and geometry.dilation == (1, 1)
     gx = gw = gb = None
     if wanted[1]:  # before the input's, which would wait in memory beside what this one unfolds
@@ -92,6 +97,29 @@ def convolution_backward(
     if wanted[0]:
         make = fast.input_gradient if blocked else input_gradient
         gx = make(low, geometry, g, w, x.shape)
+    return [gx, gw, gb]
+
+
+def _transposed_backward(
+    low: Lowering, geometry: Geometry, g: Value, x: Value, w: Value, wanted: Sequence[bool]
+) -> list[Value | None]:
+    """Gradients of a transposed convolution; `geometry` leads from its output to its input x."""
+    gx = gw = gb = None
+    if wanted[1]:
+        name = weight_gradient(low, geometry, g, x)
+        gw = Value(w.shape, plain=low.reshape(name, w.shape))
+    if wanted[2]:
+        gb = bias_gradient(low, g)
+    if wanted[0]:
+        name = low.op(
+            "Conv",
+            read_part(low, geometry, plain4(low, g)),
+            low.reshape(low.plain(w), geometry.weight_shape),
+            strides=list(geometry.stride),
+            dilations=list(geometry.dilation),
+            group=geometry.groups,
+        )
+        gx = Value(x.shape, plain=name if len(x.shape) == 4 else low.reshape(name, x.shape))
     return [gx, gw, gb]
 
 

@@ -75,6 +75,9 @@ def native_batch_norm(
         low.memo["frozen", call.node] = (running_mean, running_var, gain)
         return [low.result(call, name), None, None]
 
+    if low.batch_size is not None:
+        name = _by_itself(low, x, (w, b), float(eps))
+        return [low.result(call, name), None, None]
     weights = sample_weights(low, x.shape)
     normalise = fast.normalise if fast.suits(low, x) else _normalise
     y, mean, variance, trained = normalise(low, call, x, gain, offset, float(eps), weights)
@@ -88,6 +91,20 @@ def native_batch_norm(
             low, running_var, low.op("Mul", variance, unbiased), momentum
         )
     return [y, None, None]
+
+
+def _by_itself(low: Lowering, x: Value, affine: Sequence[Value | None], eps: float) -> str:
+    """InstanceNorm in an inference graph, which shows an open number of samples as channels."""
+    axes = low.ints(0, *range(2, len(x.shape)))
+    name = low.plain(x)
+    centred = low.op("Sub", name, low.op("ReduceMean", name, axes, keepdims=1))
+    variance = low.op("ReduceMean", low.op("Mul", centred, centred), axes, keepdims=1)
+    name = low.op("Mul", centred, inverse_root(low, variance, eps))
+    for op_type, vector in zip(("Mul", "Add"), affine, strict=True):
+        if vector is not None:
+            column = low.reshape(low.plain(vector), (1, x.shape[1], *[1] * (len(x.shape) - 2)))
+            name = low.op(op_type, name, column)
+    return name
 
 
 def _moved(low: Lowering, running: Value, now: str, momentum: float) -> str:

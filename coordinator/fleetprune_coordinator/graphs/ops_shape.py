@@ -92,6 +92,10 @@ def expand(low: Lowering, call: Call, x: Value, *_: Any) -> Value:
 @lowers("aten.repeat")
 def repeat(low: Lowering, call: Call, x: Value, repeats: Sequence[int]) -> Value:
     """Tile; the shape may gain leading axes."""
+    if low.batch_size is not None and len(x.shape) == 1 and len(repeats) == 1:
+        # InstanceNorm repeats its vectors per sample, and no shape is inferred for that Tile.
+        rows = low.op("Expand", low.plain(x), low.dims((repeats[0], *x.shape)))
+        return low.result(call, low.reshape(rows, call.shape))
     shape = (1,) * (len(repeats) - len(x.shape)) + x.shape
     name = low.reshape(low.plain(x), shape) if shape != x.shape else low.plain(x)
     return low.result(call, low.op("Tile", name, low.dims(repeats)))
@@ -99,6 +103,30 @@ def repeat(low: Lowering, call: Call, x: Value, repeats: Sequence[int]) -> Value
 
 def _slice(low: Lowering, name: str, axis: int, start: int, end: int, step: int = 1) -> str:
     return low.op("Slice", name, low.ints(start), low.ints(end), low.ints(axis), low.ints(step))
+
+
+@lowers("aten.flip")
+def flip(low: Lowering, call: Call, x: Value, axes: Sequence[int]) -> Value:
+    """The elements along some axes in reverse order."""
+    chosen = sorted(axis % len(x.shape) for axis in axes)
+    ends = [-size - 1 for size in (x.shape[axis] for axis in chosen)]
+    back = low.ints(*(-1 for _ in chosen))
+    name = low.op("Slice", low.plain(x), back, low.ints(*ends), low.ints(*chosen), back)
+    return low.result(call, name)
+
+
+@lowers("aten.roll")
+def roll(low: Lowering, call: Call, x: Value, shifts: Sequence[int], axes: Sequence[int]) -> Value:
+    """The elements moved along some axes; what leaves at one end comes in at the other."""
+    if not axes:
+        raise call.unsupported("is supported only with axes")
+    name = low.plain(x)
+    for shift, axis in zip(shifts, (axis % len(x.shape) for axis in axes), strict=True):
+        size = x.shape[axis]
+        if cut := -shift % size:
+            parts = (_slice(low, name, axis, *bounds) for bounds in ((cut, size), (0, cut)))
+            name = low.op("Concat", *parts, axis=axis)
+    return low.result(call, name)
 
 
 def _bounds(size: int, start: int | None, end: int | None) -> tuple[int, int]:
@@ -152,10 +180,20 @@ def slice_backward(
 ) -> Value:
     """G put back where it was cut from, zeros elsewhere."""
     axis %= len(shape)
-    if step != 1:
-        raise call.unsupported(f"is not supported with step {step}")
     first, last = _bounds(shape[axis], start, end)
-    return low.result(call, _pad(low, low.plain(g), len(shape), axis, first, shape[axis] - last))
+    name = low.plain(g)
+    if step != 1:
+        name, last = _spread(low, name, g.shape, axis, step), first + g.shape[axis] * step
+        if last > shape[axis]:
+            name, last = _slice(low, name, axis, 0, shape[axis] - first), shape[axis]
+    return low.result(call, _pad(low, name, len(shape), axis, first, shape[axis] - last))
+
+
+def _spread(low: Lowering, name: str, shape: Sequence[int], axis: int, step: int) -> str:
+    """Zeros behind each element along an axis, so that they stand `step` apart."""
+    single = [*shape[: axis + 1], 1, *shape[axis + 1 :]]
+    name = _pad(low, low.reshape(name, single), len(single), axis + 1, 0, step - 1)
+    return low.reshape(name, [*shape[:axis], shape[axis] * step, *shape[axis + 1 :]])
 
 
 @lowers("aten.select_backward")

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fleetprune.errors import GraphError
+from fleetprune_coordinator.attention import with_cuttable_heads
 from fleetprune_coordinator.graphs.lowering import NotLoweredError
 
 _aten = torch.ops.aten
@@ -29,6 +30,8 @@ TAKEN_APART = (
     _aten.elu_backward,
     _aten.gelu,
     _aten.gelu_backward,
+    _aten.glu,
+    _aten.glu_backward,
     _aten.huber_loss,
     _aten.huber_loss_backward,
     _aten.linalg_vector_norm,
@@ -70,8 +73,11 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 def prepare(model: nn.Module) -> nn.Module:
-    """A copy that can be traced: nothing in place, no step counters."""
-    clone = copy.deepcopy(model)
+    """A copy that can be traced: nothing in place, no step counters.
+
+    Its attention is that of cut models, so that the graphs of a dense one differ in sizes alone.
+    """
+    clone = with_cuttable_heads(copy.deepcopy(model))
     for name, module in clone.named_modules():
         if isinstance(module, _BATCH_NORM):
             if module.track_running_stats and module.momentum is None:

@@ -135,6 +135,10 @@ CASES = {
     "conv stride 3, kernel 2": (nn.Conv2d(16, 24, 2, 3), (4, 16, 9, 9)),
     "conv stride (1, 2)": (nn.Conv2d(16, 24, 3, (1, 2), 1), (4, 16, 8, 9)),
     "conv stride (2, 1)": (nn.Conv2d(3, 20, 3, (2, 1), 1), (4, 3, 8, 9)),
+    "transposed": (nn.ConvTranspose2d(6, 8, 3, 2, 1, 1), (4, 6, 5, 4)),
+    "transposed, dilated": (nn.ConvTranspose2d(6, 8, 3, 3, 0, 1, dilation=2), (4, 6, 5, 4)),
+    "transposed, grouped": (nn.ConvTranspose2d(6, 9, 2, 2, groups=3), (4, 6, 5, 4)),
+    "transposed 1d": (nn.ConvTranspose1d(6, 8, 4, 2, 1, bias=False), (4, 6, 9)),
     "depthwise": (nn.Conv2d(24, 24, 3, 1, 1, groups=24), (4, 24, 7, 9)),
     "depthwise stride 2": (nn.Conv2d(16, 16, 3, 2, 1, groups=16), (4, 16, 8, 8)),
     "depthwise wide": (nn.Conv2d(16, 16, 3, 1, 1, groups=16), (2, 16, 4, 20)),
@@ -190,6 +194,11 @@ CASES = {
     "zero pad": (nn.Sequential(nn.ZeroPad2d((1, 2, 0, 1)), nn.Conv2d(8, 16, 3)), IMAGE),
     "division": (between(Function(lambda x: x / (1.5 + x.abs()))), IMAGE),
     "slices": (nn.Sequential(nn.Conv2d(8, 16, 3), Function(halves)), IMAGE),
+    "every other": (between(Function(lambda x: x[:, 1::3, ::2].repeat(1, 4, 1, 1)[:, :16])), IMAGE),
+    "flip": (between(Function(lambda x: x * x.flip((1, -1)))), IMAGE),
+    "roll": (between(Function(lambda x: x * x.roll((1, -2), (1, 3)))), IMAGE),
+    "gated linear": (nn.Sequential(nn.Linear(12, 20), nn.GLU(-1)), (8, 12)),
+    "gated channels": (nn.Sequential(nn.Conv2d(8, 32, 3), nn.GLU(1)), IMAGE),
 } | {
     a: (between(getattr(nn, a)()), IMAGE)
     for a in ("ReLU", "ReLU6", "Hardswish", "GELU", "Sigmoid", "Tanh", "SiLU", "Hardsigmoid",

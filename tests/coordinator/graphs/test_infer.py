@@ -74,8 +74,11 @@ def test_batch_norm_is_kept_where_it_cannot_be_folded():
     [
         (nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), (6, 16)),
         (nn.Sequential(nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.AvgPool2d(2)), (1, 8, 8)),
+        (nn.Sequential(nn.Conv2d(1, 8, 3), nn.InstanceNorm2d(8, affine=True)), (1, 8, 8)),
+        (nn.Sequential(nn.Conv1d(2, 8, 3), nn.InstanceNorm1d(8)), (2, 9)),
+        (nn.Sequential(nn.ConvTranspose2d(2, 6, 3, 2, 1, 1), nn.BatchNorm2d(6)), (2, 5, 5)),
     ],
-    ids=["transformer", "group norm"],
+    ids=["transformer", "group norm", "instance norm", "without weights", "transposed"],
 )
 def test_the_batch_stays_open_through_reshapes(model, shape):
     torch.manual_seed(0)

@@ -372,9 +372,9 @@ class Body(nn.Module):
             "remove or replace that layer",
         ),
         (
-            nn.ConvTranspose2d(4, 4, 2),
-            "layer 'body.1.0' (ConvTranspose2d): aten.convolution has no lowering for transposed "
-            "convolutions; remove or replace that layer",
+            nn.ReplicationPad2d(1),
+            "layer 'body.1.0' (ReplicationPad2d): aten.replication_pad2d has no lowering; "
+            "remove or replace that layer",
         ),
         (
             nn.ReflectionPad2d(1),
