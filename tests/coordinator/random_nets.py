@@ -160,7 +160,8 @@ class Maker:
 
     def mixed(self, i):
         """What reads all channels at once: they must stay."""
-        kind = self.pick("softmax", "mean", "shuffle", "flip", "layer norm", "slices", "sum")
+        kinds = ("softmax", "mean", "shuffle", "flip", "slices", "sum")
+        kind = self.pick(*kinds, *(["layer norm"] if i > 3 else []))
 
         def wiring(m, x):
             if kind == "softmax":
@@ -222,7 +223,7 @@ class Maker:
             blocks.append(block)
         head = self.pick("pool", "flatten", "tokens")
         if head == "tokens":
-            wide = self.width()
+            wide = self.pick(4, 6, 8)  # of two, a LayerNorm leaves signs, and gradients of rounding
             last = Wired(
                 lambda m, x: m.fc(m.layers(m.embed(x.flatten(2).transpose(1, 2))).mean(1)),
                 embed=nn.Linear(width, wide),
