@@ -61,7 +61,12 @@ class Planner:
         self._model = CostModel(counted or architecture)
         self.dense = CostModel(architecture).costs(architecture.groups)
         self.grids: dict[str, Grid] = {
-            name: Grid.of(architecture.groups, (multiples or {}).get(name, multiple), protection)
+            name: Grid.of(
+                architecture.groups,
+                (multiples or {}).get(name, multiple),
+                protection,
+                architecture.channels,
+            )
             for name in self.budgets
         }
         self.solver = self._solver()

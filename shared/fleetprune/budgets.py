@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from math import gcd
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -93,21 +94,29 @@ class Grid:
 
     @classmethod
     def of(
-        cls, groups: Mapping[str, int], multiple: int, protection: Protection = UNPROTECTED
+        cls,
+        groups: Mapping[str, int],
+        multiple: int,
+        protection: Protection = UNPROTECTED,
+        channels: Mapping[str, int] | None = None,
     ) -> "Grid":
         """Whole multiples, and the full width; a narrower group is left whole.
 
         Args:
             groups: Units per group.
-            multiple: What counts are multiples of, where `protection` says nothing else.
+            multiple: What widths are multiples of, in channels, where `protection` says nothing
+                else of units.
             protection: Groups that are left whole, have a least count or a multiple of their own.
+            channels: Per group the channels of a unit, as of a head of attention; 1 where it has
+                none.
 
         Raises:
             BudgetError: `multiple` is below 1.
         """
         if multiple < 1:
             raise BudgetError(f"channel multiple {multiple}, expected at least 1")
-        levels = {g: protection.levels(g, n, multiple) for g, n in groups.items()}
+        steps = {g: multiple // gcd(multiple, (channels or {}).get(g, 1)) for g in groups}
+        levels = {g: protection.levels(g, n, steps[g]) for g, n in groups.items()}
         return cls(levels, protected=protection != UNPROTECTED)
 
     def smallest(self) -> dict[str, int]:

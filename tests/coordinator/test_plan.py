@@ -2,9 +2,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fleetprune.budgets import Allocation, Budget
-from fleetprune.costs import Costs
+from fleetprune.costs import CostModel, Costs
 from fleetprune.errors import BudgetError
 from fleetprune.latency import LatencyModel, LatencyPoint, LatencyTable
 from fleetprune.layout import Activation, Architecture, Role, Segment, TensorSpec
@@ -13,6 +14,8 @@ from fleetprune.schedule import Schedule
 from fleetprune_coordinator.config import load_fleet_config
 from fleetprune_coordinator.plan import Planner
 from fleetprune_coordinator.plan_report import as_json, explain
+from fleetprune_coordinator.tracing import trace
+from fleetprune_sim.models import transformer
 
 
 def one(units, group=None):
@@ -229,3 +232,15 @@ def test_a_plan_without_limits_and_one_inside_another():
     assert (found["phone"].binds, found["phone"].around) == ("macs", ("hub",))
     assert (found["sensor"].binds, found["sensor"].nesting) == (None, 1)
     assert found["sensor"].around == ("hub", "phone")
+
+
+def test_heads_of_attention_are_cut_at_the_usual_multiple():
+    architecture = trace(transformer(), torch.zeros(1, 6, 128))
+    heads = {g for g, width in architecture.channels.items() if width > 1}
+    assert {architecture.groups[g] for g in heads} == {4}
+    dense = CostModel(architecture).costs(architecture.groups)
+    plan = Planner(architecture, {"small": Budget(macs=dense.macs // 2)}, schedule=Schedule())
+    flat = {g: np.ones(n, np.float32) for g, n in architecture.groups.items()}
+    keep = plan.shapes(1, flat)["small"]
+    assert all(keep[g] < 4 for g in heads)
+    assert plan.costs(keep).macs <= dense.macs // 2

@@ -40,6 +40,15 @@ def test_levels_are_multiples_and_the_full_width():
     assert grid.smallest() == {"a": 8, "b": 4}
 
 
+def test_a_multiple_counts_channels_not_units_that_have_several():
+    groups, channels = {"heads": 4, "odd": 6, "plain": 32}, {"heads": 16, "odd": 12, "plain": 1}
+    grid = Grid.of(groups, 8, channels=channels)
+    # A head of 16 channels is a multiple by itself; of units of 12 channels it takes two.
+    assert grid.levels == {"heads": (1, 2, 3, 4), "odd": (2, 4, 6), "plain": (8, 16, 24, 32)}
+    # What is said of units holds for units.
+    assert Grid.of(groups, 8, Protection(multiple={"heads": 2}), channels).levels["heads"] == (2, 4)
+
+
 def test_protected_groups_have_fewer_levels():
     protection = Protection(frozenset({"a"}), {"b": 20}, {"c": 4})
     grid = Grid.of({**GROUPS, "c": 10}, 16, protection)
