@@ -42,7 +42,8 @@ class Memory:
     Attributes:
         mask_version: The mask that `residual` belongs to.
         shape: The model shape that `residual` belongs to.
-        residual: (P,) float32, what has not been sent; (0,) none.
+        residual: (k,) float32, what has not been sent, of the parameters that are not pruned; (0,)
+            none.
         answers: Result frames by task id, the latest last.
     """
 
@@ -71,7 +72,7 @@ class Memory:
         return replace(self, answers={t: answers[t] for t in kept})
 
     def left_out(self, mask_version: int, shape: str, residual: NDArray[np.float32]) -> "Memory":
-        """With the (P,) residual of another mask, shape or update."""
+        """With the (k,) residual of another mask, shape or update."""
         if not residual.any():  # a codec that loses nothing: zeros need no room
             residual = np.zeros(0, np.float32)
         return replace(self, mask_version=mask_version, shape=shape, residual=residual)

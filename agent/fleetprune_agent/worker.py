@@ -26,7 +26,7 @@ from fleetprune_agent.data import Batches, Samples
 from fleetprune_agent.feedback import Memory, MemoryStore
 from fleetprune_agent.memory import rss_mb
 from fleetprune_agent.observer import IMPORTANCE, observe
-from fleetprune_agent.sessions import Graph, Graphs, require_finite
+from fleetprune_agent.sessions import Arrays, Graph, Graphs, require_finite
 from fleetprune_agent.timing import RUNTIME, fetch_all, time_graphs
 from fleetprune_agent.trainer import log_frequencies, never, train
 from fleetprune_agent.trust import SignedFile
@@ -200,7 +200,8 @@ class Worker:
 
     def _longest(self, graph: Graph) -> int:
         """Bytes that a model of the graph's shape has at most."""
-        return 4 * (graph.meta.parameters + graph.meta.statistics) + FRAME_BYTES
+        marks = graph.meta.parameters // 8 + 2
+        return 4 * (graph.meta.parameters + graph.meta.statistics) + marks + FRAME_BYTES
 
     def _decode(self, data: bytes, task: Task, graph: Graph) -> ModelPayload:
         """A task's model from its frame; HostileInputError if it is not of the graph's shape."""
@@ -230,11 +231,13 @@ class Worker:
             rng=stream(task, Draws.GRAPHS) if len(graphs) > 1 else None,
             proximal=task.proximal,
             prior=self._prior(graphs[0]),
+            after_step=None if payload.support is None else holding(payload.support),
             stopped=self._watch(task, started),
         )
         seconds = self._clock() - started
         with np.errstate(over="ignore", invalid="ignore"):  # refused on the next line but one
             total = trained.params - payload.params
+            total = total if payload.support is None else total[payload.support]
             total += memory.residual_for(task.mask_version, task.shape, total.size)
         require_finite("update", total)
         rounding = stream(task, Draws.ROUNDING) if task.codec in TOP else None
@@ -319,6 +322,21 @@ class Worker:
         )
 
 
+def holding(support: NDArray[np.bool_]) -> Callable[[Arrays], None]:
+    """What keeps pruned parameters at zero: called after each step of training.
+
+    Args:
+        support: (P,), which parameters are not pruned.
+    """
+    kept = support.astype(np.float32)
+
+    def hold(state: Arrays) -> None:
+        state["params"] *= kept
+        state["momentum"] *= kept
+
+    return hold
+
+
 def fetch_model(blob: Blob, source: TaskSource) -> bytes:
     """The bytes that a task names; WireError if the source has others."""
     data = source.model(blob)
@@ -337,12 +355,12 @@ def lossy(
     """Encode a change as the task asks, and say what that leaves out.
 
     Args:
-        total: (P,) float32, the change and what earlier updates left out.
+        total: (k,) float32, the change of what is not pruned and what earlier updates left out.
         task: Says codec and share of values.
         rng: For stochastic rounding; None: to nearest.
 
     Returns:
-        The encoded update, and (P,) float32: `total` less what its receiver will decode.
+        The encoded update, and (k,) float32: `total` less what its receiver will decode.
     """
     positions = top_k(total, task.top_k) if task.top_k < 1 else None
     values = total if positions is None else total[positions]

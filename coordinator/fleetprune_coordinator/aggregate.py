@@ -36,14 +36,26 @@ class Aggregate:
     """Weighted mean of updates of several shapes, each element over the devices that cover it.
 
     Memory is one accumulator of the dense model, however many devices report: an update is added
-    and forgotten. Coverage is constant on a shape's part of the model, so it is kept as one number
-    per shape and spread over the tensors once, at the end. The accumulator is float64: thousands
-    of float32 updates then add up to the same float32 in whichever order they arrive (up to one
-    rounding), for 8 bytes per parameter on the server.
+    and forgotten. Coverage is constant on a shape's part of the model (less what is pruned of it),
+    so it is kept as one number per shape and spread over the tensors once, at the end. The
+    accumulator is float64: thousands of float32 updates then add up to the same float32 in
+    whichever order they arrive (up to one rounding), for 8 bytes per parameter on the server.
     """
 
-    def __init__(self, architecture: Architecture, shapes: Mapping[str, KeepCounts]) -> None:
-        """Prepare for updates of `shapes` (keep counts per shape name; BudgetError if wrong)."""
+    def __init__(
+        self,
+        architecture: Architecture,
+        shapes: Mapping[str, KeepCounts],
+        supports: Mapping[str, NDArray[np.bool_]] | None = None,
+    ) -> None:
+        """Prepare for updates of some shapes.
+
+        Args:
+            architecture: The dense model.
+            shapes: Keep counts per shape name (BudgetError if out of range).
+            supports: Per shape whose weights are pruned one by one (P,), which are left.
+        """
+        self._supports = dict(supports or {})
         self._layouts = {
             name: FlatLayout(architecture, keep, Role.PARAMETER) for name, keep in shapes.items()
         }
@@ -65,14 +77,26 @@ class Aggregate:
         """How many values an update of this shape has; UsageError if it is not one of them."""
         if shape not in self._layouts:
             raise UsageError(f"update of shape {shape!r}, expected one of {sorted(self._layouts)}")
+        if (support := self._supports.get(shape)) is not None:
+            return int(np.count_nonzero(support))
         return self._layouts[shape].size
+
+    def full(self, shape: str, update: NDArray[np.float32]) -> NDArray[np.float32]:
+        """An update of a shape's (k,) values as one of all (P,), 0 where they are pruned."""
+        if (support := self._supports.get(shape)) is None:
+            return update
+        check_vector(update, self.size(shape), f"update of {shape}")
+        values = np.zeros(support.size, np.float32)
+        values[support] = update
+        return values
 
     def add(self, shape: str, update: NDArray[np.float32], weight: float) -> None:
         """Add one device's change. Nothing is added when it raises.
 
         Args:
             shape: Name of the shape that the device trained.
-            update: (P,) finite, the change of that shape's parameters in `FlatLayout` order.
+            update: (k,) finite, the change of that shape's parameters that are not pruned, in
+                `FlatLayout` order.
             weight: Positive, usually the number of samples.
 
         Raises:
@@ -81,7 +105,7 @@ class Aggregate:
         """
         check_vector(update, self.size(shape), f"update of {shape}")
         check_weight(weight)
-        parts = self._layouts[shape].split(update)
+        parts = self._layouts[shape].split(self.full(shape, update))
         for (name, part), index in zip(parts.items(), self._places[shape], strict=True):
             self._sums[name][index] += np.multiply(part, weight, dtype=np.float64)
         self._weights[shape] += weight
@@ -97,11 +121,13 @@ class Aggregate:
         """
         deltas: Tensors = {}
         coverage: Tensors = {}
+        kept = {n: self._layouts[n].split(s) for n, s in self._supports.items()}
         for i, spec in enumerate(self._specs):
             total = self._sums[spec.name]
             weights = np.zeros_like(total)
             for shape, weight in self._weights.items():
-                weights[self._places[shape][i]] += weight
+                covers = kept[shape][spec.name] if shape in kept else True
+                weights[self._places[shape][i]] += np.multiply(weight, covers)
             mean = np.divide(total, weights, out=np.zeros_like(total), where=weights > 0)
             deltas[spec.name] = mean.astype(np.float32)
             coverage[spec.name] = weights.astype(np.float32)

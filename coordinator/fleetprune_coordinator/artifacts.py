@@ -1,7 +1,7 @@
 """From the fleet's shared weights to the file that one class runs."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnxruntime as ort
@@ -12,13 +12,18 @@ from torch import nn
 from fleetprune.costs import Costs
 from fleetprune.errors import GraphError
 from fleetprune.layout import Architecture
+from fleetprune.patterns import Pattern
 from fleetprune_coordinator.fleet_model import FleetModel
 from fleetprune_coordinator.graphs import export_infer
 from fleetprune_coordinator.onnx_costs import file_costs
 from fleetprune_coordinator.resize import extract
+from fleetprune_coordinator.sparse_file import pack
 
 GOLDEN_TOLERANCE = 1e-3
 """Largest difference of logits between this machine and a device: float32 sums in other orders."""
+
+UNPACKED_TOLERANCE = 1e-5
+"""Largest difference that storing weights otherwise may make: kernels may be chosen otherwise."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,9 @@ class Artifact:
 def small_model(
     model: nn.Module, architecture: Architecture, state: FleetModel, name: str
 ) -> nn.Module:
-    """The network of a class, physically small, in evaluation mode."""
-    return extract(model, architecture, state.params, state.stats[name], state.shapes[name])
+    """The network of a class, physically small, in evaluation mode; pruned weights are 0."""
+    params = state.dense(architecture, name)
+    return extract(model, architecture, params, state.stats[name], state.shapes[name])
 
 
 def build(
@@ -80,6 +86,25 @@ def build(
         )
     parameters = sum(p.numel() for p in small.parameters())
     return Artifact(onnx, golden(samples, expected), file_costs(onnx), parameters)
+
+
+def without_zeros(made: Artifact, pattern: Pattern) -> Artifact:
+    """The same model in a file that stores pruned weights without their zeros.
+
+    Args:
+        made: What `build` or `quantised_artifact` made.
+        pattern: What of its weights was pruned together.
+
+    Raises:
+        GraphError: The file computes something else.
+    """
+    onnx = pack(made.onnx, pattern)
+    with np.load(io.BytesIO(made.golden)) as samples:
+        x = samples["x"]
+    apart = float(np.abs(predict(onnx, x) - predict(made.onnx, x)).max())
+    if not apart <= UNPACKED_TOLERANCE:
+        raise GraphError(f"the file without zeros differs by {apart:.2g} from the one with them")
+    return replace(made, onnx=onnx, costs=replace(made.costs, artifact_bytes=len(onnx)))
 
 
 def golden(x: NDArray[np.float32], y: NDArray[np.floating]) -> bytes:

@@ -16,9 +16,10 @@ from fleetprune.budgets import Allocation, Budget
 from fleetprune.config_file import LocalPath, Section, load_section
 from fleetprune.costs import Costs
 from fleetprune.criteria import CATALOGUE, Criterion
-from fleetprune.errors import ConfigError
+from fleetprune.errors import ConfigError, UsageError
 from fleetprune.messages import MAX_DEADLINE_S, Codec, Name
 from fleetprune.mqtt import BrokerSettings
+from fleetprune.patterns import Granularity, Pattern
 from fleetprune.schedule import Schedule
 from fleetprune_coordinator.imports import import_object
 from fleetprune_coordinator.score_merge import ScoreMerge
@@ -39,6 +40,14 @@ def _least(value: object) -> float:
     raise ValueError("expected a number of units, or a share with a point, up to 1.0")
 
 
+def _pattern(value: object) -> str:
+    try:
+        return str(Pattern.parse(str(value)))
+    except UsageError as e:
+        raise ValueError(str(e)) from e
+
+
+PatternText = Annotated[str, PlainValidator(_pattern)]
 Least = Annotated[float, PlainValidator(_least)]
 """Units (an int) or a share (a float): the two ways to write 1 mean two things."""
 
@@ -209,6 +218,18 @@ class PruningConfig(Section):
     channel_multiple: int = Field(default=8, ge=1)
     """Widths are multiples of it; the kernels of most runtimes work on 8 channels or 16 at once."""
     allocation: Allocation = Allocation.UNIFORM
+    granularity: Granularity = Granularity.CHANNEL
+    """`channel` cuts units. `weight` prunes single weights until a class's file is within its
+    bytes; `hybrid` cuts units for all other limits and prunes single weights for the bytes. Only a
+    smaller model is faster: single weights save bytes, on disk and on the way."""
+    pattern: PatternText = "1x1"
+    """What of a layer's weights goes together: "1x1", a block of outputs x inputs as "4x1", or
+    N of every M inputs as "2:4"."""
+    weight_allocation: Allocation = Allocation.GLOBAL
+    """How the weights to prune are shared out among layers: by what they are worth within what is
+    left of their layer, or the same share of each."""
+    dense_layers: tuple[str, ...] = ()
+    """Layers whose weights all stay, written as in `exclude`."""
     floor: float = Field(default=0.5, ge=0, le=1)
     """With the allocation `global`: no layer falls below this share of what `uniform` would
     leave it."""
@@ -292,12 +313,36 @@ class FleetConfig(Section):
     def _fit_together(self) -> Self:
         if not any(c.trains for c in self.classes.values()):
             raise ValueError("no class trains: at least one must")
+        self._check_weights()
         if self.schedule.settled > self.training.rounds:
             raise ValueError(
                 f"schedule ends in round {self.schedule.settled}, "
                 f"but training has {self.training.rounds} rounds"
             )
         return self
+
+    def _check_weights(self) -> None:
+        pruning, criterion = self.pruning, self.training.criterion
+        if not pruning.granularity.weights:
+            if pruning.pattern != "1x1" or pruning.dense_layers:
+                key = "pattern" if pruning.pattern != "1x1" else "dense_layers"
+                raise ValueError(
+                    f'pruning.{key} is about single weights: set pruning.granularity = "weight" or '
+                    '"hybrid"'
+                )
+            return
+        limited = [c for c in self.classes.values() if c.flash_bytes or c.flash_share]
+        if not limited and not Pattern.parse(pruning.pattern).m:
+            raise ValueError(
+                f"pruning.granularity {pruning.granularity} prunes weights down to flash_bytes or "
+                "flash_share, and no class has one: give it to those that have limits, or choose a "
+                'pattern as "2:4"'
+            )
+        if pruning.granularity is Granularity.WEIGHT and not CATALOGUE[criterion].weights:
+            raise ValueError(
+                f"training.criterion {criterion} tells units apart, not weights: choose another, "
+                'or pruning.granularity = "hybrid"'
+            )
 
     @property
     def folder(self) -> Path:

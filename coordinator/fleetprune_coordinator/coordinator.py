@@ -21,7 +21,7 @@ from fleetprune.errors import BudgetError, ConfigError
 from fleetprune.graphmeta import noise
 from fleetprune.messages import Manifest
 from fleetprune.schedule import Curve
-from fleetprune_coordinator.artifacts import Artifact, accuracy, build
+from fleetprune_coordinator.artifacts import Artifact, accuracy, build, without_zeros
 from fleetprune_coordinator.config import FleetConfig
 from fleetprune_coordinator.describe import counted, describe
 from fleetprune_coordinator.events import EventLog
@@ -200,6 +200,11 @@ class Coordinator:
         self._check_stop()
         built = build(self.network, self.architecture, self.rounds.model, name, self._golden())
         pruning, verdict = self.config.pruning, None
+
+        def packed(made: Artifact) -> Artifact:
+            rule = self.planner.weights.rule
+            return without_zeros(made, rule.pattern) if rule.granularity.weights else made
+
         if pruning.int8:
             built, verdict = choose_file(
                 built,
@@ -208,8 +213,9 @@ class Coordinator:
                 None if self.test is None else self.test.y,
                 wanted=pruning.int8,
                 most_lost=pruning.int8_loss,
-                budget=self.planner.budgets[name],
+                fits=lambda made: self.planner.budgets[name].meets(packed(made).costs),
             )
+        built = packed(built)
         try:
             self.planner.check(name, built.costs)
         except BudgetError as e:

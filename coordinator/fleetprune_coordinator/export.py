@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from fleetprune.errors import BudgetError, ConfigError
 from fleetprune.files import make_folder, sha256_of, write_atomic
 from fleetprune.layout import Architecture
+from fleetprune_coordinator.artifacts import small_model
 from fleetprune_coordinator.config import FleetConfig
 from fleetprune_coordinator.coordinator import RELEASES, check_continues, load_model
-from fleetprune_coordinator.fleet_model import FleetModel
+from fleetprune_coordinator.fleet_model import restored
 from fleetprune_coordinator.graphs import export_infer
 from fleetprune_coordinator.imports import import_object
 from fleetprune_coordinator.quantise import quantise
 from fleetprune_coordinator.records import ReleaseRecord
 from fleetprune_coordinator.registry import Registry
-from fleetprune_coordinator.resize import extract, read, resize
+from fleetprune_coordinator.resize import read, resize
 from fleetprune_coordinator.rounds import ranges_in
 from fleetprune_coordinator.store import DATABASE
 from fleetprune_coordinator.tracing import trace
@@ -176,17 +177,9 @@ def _small(config: FleetConfig, registry: Registry, name: str) -> _Small:
     check_continues(snapshot, read(dense)[0], config)
     example = torch.zeros(1, *config.model.input_shape)
     architecture: Architecture = trace(dense, example)
-    mask = registry.mask(snapshot.mask_version)
-    state = FleetModel(
-        params=dict(snapshot.params),
-        stats={n: dict(tensors) for n, tensors in snapshot.stats.items()},
-        shapes={n: dict(keep) for n, keep in mask.keep.items()},
-        origin=dict(mask.order),
-        mask_version=mask.version,
-    )
-    keep = state.shapes[name]
+    state = restored(snapshot, registry.mask(snapshot.mask_version))
     return _Small(
-        network=extract(dense, architecture, state.params, state.stats[name], keep),
+        network=small_model(dense, architecture, state, name),
         example=example,
         description=Description(
             factory=config.model.factory,
@@ -194,7 +187,7 @@ def _small(config: FleetConfig, registry: Registry, name: str) -> _Small:
             input_shape=config.model.input_shape,
             labels=config.model.labels,
             device_class=name,
-            keep=keep,
+            keep=state.shapes[name],
         ),
         ranges=ranges_in(snapshot).get(name),
     )

@@ -6,7 +6,7 @@ nothing else in the system handles unit indices.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,12 @@ from fleetprune.layout import (
     tensor_index,
 )
 from fleetprune.masks import bounded_order, settle_order
+from fleetprune_coordinator.records import MaskRecord
+from fleetprune_coordinator.snapshot import Snapshot
 
 Tensors = dict[str, NDArray[np.float32]]
+Support = Mapping[str, NDArray[np.bool_]]
+"""By tensor which weights may be other than zero, of a class's shape; all of those not named."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,38 @@ class FleetModel:
     origin: Mapping[str, NDArray[np.intp]]
     """Per group, which unit of the user's model stands at each place."""
     mask_version: int = 0
+    supports: Mapping[str, Support] = field(default_factory=dict)
+    """Per class whose weights are pruned one by one what is left of them."""
+
+    def support(self, architecture: Architecture, name: str) -> NDArray[np.bool_] | None:
+        """(P,): which of a class's flat parameters it has; None: all."""
+        kept = self.supports.get(name)
+        if not kept:
+            return None
+        layout = FlatLayout(architecture, self.shapes[name], Role.PARAMETER)
+        parts = [
+            kept[spec.name].ravel() if spec.name in kept else np.ones(end - start, np.bool_)
+            for spec, start, end in zip(
+                layout.specs, layout.offsets, layout.offsets[1:], strict=False
+            )
+        ]
+        return np.concatenate(parts)
+
+    def parameters(self, architecture: Architecture, name: str) -> int:
+        """How many parameters a class has that are not pruned."""
+        if (support := self.support(architecture, name)) is not None:
+            return int(np.count_nonzero(support))
+        return FlatLayout(architecture, self.shapes[name], Role.PARAMETER).size
+
+    def dense(self, architecture: Architecture, name: str) -> Tensors:
+        """The dense parameters, with zeros where a class has pruned single weights."""
+        found = dict(self.params)
+        for tensor, kept in self.supports.get(name, {}).items():
+            spec = architecture.tensor(tensor)
+            index = tensor_index(spec, architecture.groups, self.shapes[name])
+            found[tensor] = found[tensor].copy()
+            found[tensor][index] = np.where(kept, found[tensor][index], np.float32(0))
+        return found
 
     def vectors(
         self, architecture: Architecture, name: str
@@ -48,9 +84,38 @@ class FleetModel:
         params = FlatLayout(architecture, keep, Role.PARAMETER)
         stats = FlatLayout(architecture, keep, Role.STATISTIC)
         return (
-            params.join(cut(architecture, self.params, keep, Role.PARAMETER)),
+            params.join(cut(architecture, self.dense(architecture, name), keep, Role.PARAMETER)),
             stats.join(self.stats[name]),
         )
+
+
+_SUPPORT = "support/"
+
+
+def support_arrays(model: FleetModel) -> dict[str, NDArray[np.bool_]]:
+    """What is left of pruned weights, for a snapshot."""
+    return {
+        f"{_SUPPORT}{name}/{tensor}": kept
+        for name, support in model.supports.items()
+        for tensor, kept in support.items()
+    }
+
+
+def restored(snapshot: Snapshot, mask: MaskRecord) -> FleetModel:
+    """The state that a snapshot and its mask were made of."""
+    supports: dict[str, dict[str, NDArray[np.bool_]]] = {}
+    for key, kept in snapshot.extra.items():
+        if key.startswith(_SUPPORT):
+            name, _, tensor = key.removeprefix(_SUPPORT).partition("/")
+            supports.setdefault(name, {})[tensor] = kept
+    return FleetModel(
+        params=dict(snapshot.params),
+        stats={name: dict(tensors) for name, tensors in snapshot.stats.items()},
+        shapes={name: dict(keep) for name, keep in mask.keep.items()},
+        origin=dict(mask.order),
+        mask_version=mask.version,
+        supports=supports,
+    )
 
 
 def initial_model(
@@ -85,8 +150,9 @@ def remask(
         share: Of a class's units that may be replaced (`masks.bounded_order`); 1: any number.
 
     Returns:
-        The new state, and the permutation of the present order that was applied. Where neither
-        order nor shapes change, the present state itself (same mask version).
+        The new state, all of whose weights are left, and the permutation of the present order that
+        was applied. Where neither order nor shapes change, the present state itself (same mask
+        version).
     """
     cuts = {g: {k[g] for k in shapes.values()} for g in architecture.groups}
     order = settle_order(scores, cuts) if share >= 1 else bounded_order(scores, cuts, share)
@@ -107,6 +173,7 @@ def remask(
             shapes={n: dict(k) for n, k in shapes.items()},
             origin={g: model.origin[g][order[g]] for g in order},
             mask_version=model.mask_version + 1,
+            supports={},
         ),
         order,
     )

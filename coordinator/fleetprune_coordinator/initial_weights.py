@@ -49,6 +49,20 @@ def load_initial(model: nn.Module, path: Path, *, factory: str, head: str | None
         ) from e
 
 
+def starts_anew(model: nn.Module, path: Path, head: str) -> bool:
+    """Whether `load_initial` leaves the head as the factory made it.
+
+    Args:
+        model: Has the factory's shapes.
+        path: As for `load_initial`.
+        head: As for `load_initial`.
+
+    Raises:
+        ConfigError: There are no weights in the file, or there is no such layer.
+    """
+    return not _head_fits(model.state_dict(), _read(path), head)
+
+
 def frozen_parameters(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     """The parameters that layers' names stand for.
 
@@ -119,17 +133,22 @@ def _no_weights(path: Path) -> ConfigError:
 
 def _without_head(own: State, state: State, head: str, path: Path) -> State:
     """The file's weights, with the model's own for the head unless the file's fit."""
-    heads = [{n: t.shape for n, t in s.items() if _is_in(n, head)} for s in (own, state)]
-    if not heads[0]:
+    if _head_fits(own, state, head):
+        return state
+    log.info("layer %s starts anew: %s has other weights for it, or none", head, path)
+    rest = {name: value for name, value in state.items() if not _is_in(name, head)}
+    return rest | {name: value for name, value in own.items() if _is_in(name, head)}
+
+
+def _head_fits(own: State, state: State, head: str) -> bool:
+    """Whether a file's weights of a layer have the model's names and shapes."""
+    wanted, got = ({n: t.shape for n, t in s.items() if _is_in(n, head)} for s in (own, state))
+    if not wanted:
         layers = sorted({part for name in own for part in _beginnings(name)[:-1]})
         near = difflib.get_close_matches(head, layers, n=NEAR, cutoff=0.5)
         offer = f"; near are {', '.join(near)}" if near else f"; it has {_first(layers)}"
         raise ConfigError(f"model.head: the model has no layer {head!r} with weights{offer}")
-    if heads[0] == heads[1]:
-        return state
-    log.info("layer %s starts anew: %s has other weights for it, or none", head, path)
-    rest = {name: value for name, value in state.items() if not _is_in(name, head)}
-    return rest | {name: own[name] for name in heads[0]}
+    return wanted == got
 
 
 def _is_in(name: str, layer: str) -> bool:

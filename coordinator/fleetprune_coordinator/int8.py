@@ -4,6 +4,7 @@ The float32 file ships where quantising costs too much, and the reason is told w
 """
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -12,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fleetprune.budgets import Budget
 from fleetprune.errors import GraphError
 from fleetprune.layout import Architecture
 from fleetprune_coordinator.artifacts import Artifact, golden, predict
@@ -54,7 +54,7 @@ def choose_file(
     *,
     wanted: Int8,
     most_lost: float,
-    budget: Budget,
+    fits: Callable[[Artifact], bool],
 ) -> tuple[Artifact, Verdict]:
     """Quantise a class's file and decide which of the two ships.
 
@@ -67,7 +67,7 @@ def choose_file(
             loses too much where the other is over the budget. "auto": the budget was planned for
             the float32 file.
         most_lost: Largest loss of accuracy, as a share of all samples.
-        budget: The class's.
+        fits: Whether a file is within the class's budget.
 
     Returns:
         The artifact to ship, and why.
@@ -89,7 +89,7 @@ def choose_file(
     ships, reason = before - ours <= most_lost + 1e-9, ""
     if not ships:
         reason = f"int8 loses {before - ours:.4f} of accuracy, allowed are {most_lost:g}"
-        if not budget.meets(made.costs):
+        if not fits(made):
             ships, reason = True, f"{reason}; the float32 file is over the budget"
     verdict = Verdict(ships, reason, round(ours, 4), round(before, 4), agreement)
     return small if ships else made, verdict

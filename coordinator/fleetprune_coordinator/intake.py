@@ -41,7 +41,10 @@ class Intake:
         self._model = model
         self._ledger = ledger
         self._bounds = bounds
-        self.aggregate = Aggregate(architecture, model.shapes)
+        supports = {n: model.support(architecture, n) for n in model.shapes}
+        self.aggregate = Aggregate(
+            architecture, model.shapes, {n: s for n, s in supports.items() if s is not None}
+        )
         self._trained = {n: StatisticsMean(architecture, k) for n, k in model.shapes.items()}
         self._moments = {n: MomentSums(architecture, k) for n, k in model.shapes.items()}
         self.grams = {n: GramSums(architecture, k) for n, k in model.shapes.items()}
@@ -91,7 +94,8 @@ class Intake:
             self._trained[task.shape].check(vectors["stats"])
         change = update.dense()
         if task.scores:
-            self._add_importance(task, result, weight, change)
+            whole = self.aggregate.full(task.shape, change)
+            self._add_importance(task, result, weight, whole)
         if "stats" in vectors:
             self._trained[task.shape].add(vectors["stats"], weight)
         change = self._bounds.update(task.shape, change)
@@ -115,7 +119,8 @@ class Intake:
     def _movement(self, task: Task, change: NDArray[np.float32]) -> NDArray[np.float32]:
         """(U,): how far a device's change moves each unit away from zero."""
         keep = self._model.shapes[task.shape]
-        start = cut(self._architecture, self._model.params, keep, Role.PARAMETER)
+        dense = self._model.dense(self._architecture, task.shape)
+        start = cut(self._architecture, dense, keep, Role.PARAMETER)
         deltas = FlatLayout(self._architecture, keep, Role.PARAMETER).split(change)
         end = {name: value + deltas[name] for name, value in start.items()}
         scores = moved(self._architecture, start, end, keep)

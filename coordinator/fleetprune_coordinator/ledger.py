@@ -259,6 +259,15 @@ class Ledger:
             for group in architecture.groups
         }
 
+    def norms(self) -> dict[str, NDArray[np.float32]]:
+        """Per observed weight (inputs,) mean sums of squared inputs, of weights reported so far."""
+        seen = {
+            name
+            for name in self._architecture.observed
+            if f"sumsq/{name}" in self._averages and self._averages[f"sumsq/{name}"].seen.any()
+        }
+        return {n: v for n, v in self._inputs("sumsq", unseen=0.0).items() if n in seen}
+
     def _inputs(self, kind: str, unseen: float) -> dict[str, NDArray[np.float32]]:
         """Per observed weight (inputs,) means over samples."""
         averages = {n: self._average(f"{kind}/{n}") for n in self._architecture.observed}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -12,10 +13,13 @@ from fleetprune.costs import CostModel, Costs
 from fleetprune.errors import BudgetError
 from fleetprune.latency import LatencyModel
 from fleetprune.layout import Architecture
+from fleetprune.patterns import Granularity, Pattern
 from fleetprune.protection import UNPROTECTED, Protection, protect
 from fleetprune.schedule import Schedule
 from fleetprune.solver import BudgetSolver
+from fleetprune.weight_masks import Masks
 from fleetprune_coordinator.config import FleetConfig
+from fleetprune_coordinator.weight_pruning import WeightPruning, WeightRule
 
 Scores = Mapping[str, NDArray[np.float32]]
 NS = 1e6  # nanoseconds in a millisecond: schedules ease whole numbers
@@ -37,6 +41,7 @@ class Planner:
         protection: Protection = UNPROTECTED,
         latency: Mapping[str, LatencyModel] | None = None,
         counted: Architecture | None = None,
+        weights: WeightRule | None = None,
     ) -> None:
         """Prepare; BudgetError if a class's final budget cannot be met.
 
@@ -53,7 +58,12 @@ class Planner:
                 limit of latency decide keep counts.
             counted: Whose costs the budgets are held against, where that is not `architecture`: of
                 quantised files (`int8.planned`).
+            weights: How single weights are pruned; None: not at all.
         """
+        self.weights = WeightPruning(architecture, weights or WeightRule(), counted)
+        granularity = self.weights.rule.granularity
+        if granularity is Granularity.WEIGHT:
+            protection = replace(protection, whole=frozenset(architecture.groups))
         self.budgets = dict(budgets)
         self.latency = {n: m for n, m in (latency or {}).items() if n in self.budgets}
         self.groups = dict(architecture.groups)
@@ -111,6 +121,13 @@ class Planner:
             ),
             latency=latency,
             counted=counted,
+            weights=WeightRule(
+                pruning.granularity,
+                Pattern.parse(pruning.pattern),
+                pruning.weight_allocation,
+                pruning.exclude,
+                pruning.dense_layers,
+            ),
         )
 
     def _solver(self) -> BudgetSolver:
@@ -127,11 +144,34 @@ class Planner:
         refused = []
         for name, budget in self.budgets.items():
             try:
-                self.solver.check_feasible(name, budget)
+                self.solver.check_feasible(name, self._of_units(budget))
+            except BudgetError as e:
+                hint = ""
+                if self.weights.rule.granularity is Granularity.WEIGHT:
+                    hint = (
+                        ', or set pruning.granularity = "hybrid": single weights save bytes alone'
+                    )
+                refused.append(f"{e}{hint}")
+        if refused:
+            raise BudgetError("; ".join(refused))
+        flat = {g: np.zeros(n, np.float32) for g, n in self.groups.items()}
+        for name, keep in self._solve(self.budgets, flat).items():
+            try:
+                self.weights.check(name, self.budgets[name], keep)
             except BudgetError as e:
                 refused.append(str(e))
         if refused:
             raise BudgetError("; ".join(refused))
+
+    def _of_units(self, budget: Budget) -> Budget:
+        """What of a budget units answer for: where weights are pruned, they answer for bytes."""
+        if not self.weights.rule.granularity.weights:
+            return budget
+        return budget.model_copy(update={"flash_bytes": None})
+
+    def _solve(self, budgets: Mapping[str, Budget], scores: Scores) -> dict[str, dict[str, int]]:
+        units = {name: self._of_units(budget) for name, budget in budgets.items()}
+        return self.solver.solve(units, falling(scores))
 
     def learn_latency(self, latency: Mapping[str, LatencyModel]) -> None:
         """Take in what devices have measured since; from now on it decides.
@@ -171,9 +211,36 @@ class Planner:
         Raises:
             BudgetError: A score is not finite.
         """
-        return self.solver.solve(
-            {name: self._in_force(round_, name, slack) for name in self.budgets}, falling(scores)
-        )
+        limits = {name: self._in_force(round_, name, slack) for name in self.budgets}
+        return self._solve(limits, scores)
+
+    def masks(
+        self,
+        round_: int,
+        shapes: Mapping[str, Mapping[str, int]],
+        scores: Scores,
+        slack: float | None = None,
+    ) -> dict[str, Masks]:
+        """Which single weights stay in a round.
+
+        Args:
+            round_: As in `shapes`.
+            shapes: Per class its keep counts in this round.
+            scores: Per prunable weight, dense, in the present order of units.
+            slack: As in `shapes`.
+
+        Returns:
+            Per class that has pruned some its masks.
+        """
+        curve = self.schedule.slack(round_)
+        left = curve if slack is None else min(slack, curve)
+        found = {
+            name: self.weights.masks(
+                keep, self._in_force(round_, name, slack).flash_bytes, scores, left
+            )
+            for name, keep in shapes.items()
+        }
+        return {name: masks for name, masks in found.items() if masks}
 
     def _in_force(self, round_: int, name: str, slack: float | None) -> Budget:
         budget, dense = self.budgets[name], self.dense

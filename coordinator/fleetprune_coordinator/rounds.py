@@ -14,18 +14,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetprune.criteria import MEASURED, Criterion, Needs, Scores, needs
+from fleetprune.criteria import MEASURED, Criterion, Needs, needs
 from fleetprune.errors import BudgetError, FleetpruneError, TransportError
-from fleetprune.layout import Architecture, KeepCounts, Order, Role
+from fleetprune.layout import Architecture, Role
 from fleetprune.messages import Blob, GraphRef, Task, TaskKind
 from fleetprune.model_payload import encode_model
 from fleetprune.result import Result, decode_result
-from fleetprune.schedule import regrowth
 from fleetprune_coordinator.bounds import Bounds, length
 from fleetprune_coordinator.cohort import choose
 from fleetprune_coordinator.config import TrainingConfig
+from fleetprune_coordinator.cutting import Cutting
 from fleetprune_coordinator.events import EventLog
-from fleetprune_coordinator.fleet_model import FleetModel, Tensors, initial_model, remask
+from fleetprune_coordinator.fleet_model import (
+    FleetModel,
+    Tensors,
+    initial_model,
+    remask,
+    restored,
+    support_arrays,
+)
 from fleetprune_coordinator.gram import GramSums, reordered
 from fleetprune_coordinator.graph_library import GraphLibrary
 from fleetprune_coordinator.intake import Intake
@@ -43,7 +50,7 @@ from fleetprune_coordinator.records import (
 )
 from fleetprune_coordinator.registry import Registry
 from fleetprune_coordinator.snapshot import Snapshot
-from fleetprune_coordinator.tightening import Tightening, Watch
+from fleetprune_coordinator.tightening import Watch
 from fleetprune_coordinator.time_round import TimeRound
 from fleetprune_coordinator.value_ranges import RangeSums
 
@@ -124,7 +131,9 @@ class Rounds:
         self._events = events
         self._run = run
         self._calibrated = False
-        self._tightening = Tightening(planner.schedule, watch)
+        self.cutting = Cutting(
+            settings, architecture, planner, self._policy, watch=watch, flow=library.flow
+        )
         self._timing = timing
         self._ranged = ranges
         self.ranges: dict[str, NDArray[np.float32]] = {}
@@ -145,32 +154,27 @@ class Rounds:
         self._measuring = self._measuring_steps() if trained else ()
         if snapshot is None:
             scores = {g: np.zeros(n, np.float32) for g, n in architecture.groups.items()}
-            self.ledger = self._new_ledger(architecture.groups)
-            if self._settings.remask_every and needs(self._settings.criterion) is Needs.NOTHING:
-                self.ledger.scores(self._settings.criterion, params)  # refused now or never
-            first = self._settings.first_criterion
+            self.cutting.start(None)
+            settings, first = self._settings, self._settings.first_criterion
+            if settings.remask_every and needs(settings.criterion) is Needs.NOTHING:
+                self.ledger.scores(settings.criterion, params)  # refused now or never
+            later = first in MEASURED or first is Criterion.RECONSTRUCTION
+            first = Criterion.MAGNITUDE if later else first
             if trained:
-                later = first in MEASURED or first is Criterion.RECONSTRUCTION
-                scores = self.ledger.scores(Criterion.MAGNITUDE if later else first, params)
-            self.model = initial_model(architecture, params, stats, self._planner.shapes(1, scores))
+                scores = self.ledger.scores(first, params)
+            model = initial_model(architecture, params, stats, self._planner.shapes(1, scores))
             if trained:
-                self.model, _ = remask(architecture, self.model, scores, self.model.shapes)
-            self.ledger = self._new_ledger(self._smallest())
+                model, _ = remask(architecture, model, scores, model.shapes)
+            self.cutting.start(model)
+            self.model = self.cutting.prune_weights(model, 0, before=model, criterion=first)
             self._begin()
             self._registry.save_mask(self._mask(0), self._snapshot(0))
             return
-        mask = self._registry.mask(snapshot.mask_version)
-        self.model = FleetModel(
-            params=dict(snapshot.params),
-            stats={name: dict(tensors) for name, tensors in snapshot.stats.items()},
-            shapes={name: dict(keep) for name, keep in mask.keep.items()},
-            origin=dict(mask.order),
-            mask_version=mask.version,
-        )
-        self.ledger = self._new_ledger(self._smallest(), snapshot.ledger)
+        self.model = restored(snapshot, self._registry.mask(snapshot.mask_version))
+        self.cutting.start(self.model, snapshot.ledger)
         self._calibrated = bool(snapshot.extra.get("calibrated", np.zeros(1)).any())
         self.ranges = ranges_in(snapshot)
-        self._tightening.restore(snapshot.extra)
+        self.cutting.restore(snapshot.extra)
         self._norms = {
             name.removeprefix(_NORM): float(value[0])
             for name, value in snapshot.extra.items()
@@ -181,17 +185,10 @@ class Rounds:
         if self._planner.latency and not begun and self._recut():
             self._registry.save_mask(self._mask(0), self._snapshot(0))
 
-    def _new_ledger(
-        self, smallest: KeepCounts, arrays: Mapping[str, NDArray[np.float64]] | None = None
-    ) -> Ledger:
-        """One that holds `arrays`, or nothing."""
-        return Ledger.from_arrays(
-            self._architecture,
-            smallest,
-            arrays or {},
-            merge=self._settings.score_merge,
-            flow=self._library.flow,
-        )
+    @property
+    def ledger(self) -> Ledger:
+        """What devices have reported of importance."""
+        return self.cutting.ledger
 
     def _begin(self) -> None:
         """What else a new training starts from; it goes into the first snapshot."""
@@ -353,16 +350,19 @@ class Rounds:
             name: Of the class.
             known: What `_knows` says of the device.
         """
-        params, stats = self.model.vectors(self._architecture, name)
-        codec = self._settings.down_codec
-        return encode_model(self.model.mask_version, key.number, params, stats, codec)
+        return self._encoded(key, name, self.model.vectors(self._architecture, name)[1])
 
     def _fixed_payload(self, key: RoundKey, name: str) -> bytes:
         """As `_payload`, with the statistics of every model that the class teaches."""
-        params, stats = self.model.vectors(self._architecture, name)
-        every = np.concatenate([stats, *self._narrower_statistics(name)])
-        codec = self._settings.down_codec
-        return encode_model(self.model.mask_version, key.number, params, every, codec)
+        own = self.model.vectors(self._architecture, name)[1]
+        return self._encoded(key, name, np.concatenate([own, *self._narrower_statistics(name)]))
+
+    def _encoded(self, key: RoundKey, name: str, stats: NDArray[np.float32]) -> bytes:
+        model, codec = self.model, self._settings.down_codec
+        params, support = model.vectors(self._architecture, name)[0], None
+        if name in model.supports:
+            support = model.support(self._architecture, name)
+        return encode_model(model.mask_version, key.number, params, stats, codec, support=support)
 
     def _narrower_statistics(self, name: str) -> list[NDArray[np.float32]]:
         """Flat statistics of the narrower models, in the order of the class's partners."""
@@ -504,7 +504,7 @@ class Rounds:
         mask = self._apply(key, intake, tasks.values())
         metrics = intake.metrics() | {"mask_version": self.model.mask_version}
         if key.phase is Phase.TRAIN:
-            metrics |= self._tightening.metrics(key.number)
+            metrics |= self.cutting.tightening.metrics(key.number)
         self._registry.close_round(
             key.number,
             key.phase,
@@ -540,7 +540,12 @@ class Rounds:
 
     def _recut(self) -> bool:
         """Cut to what is known of latency by now; whether that changed anything."""
-        return self._reorder(self.ledger.scores(Criterion.NONE, self.model.params), 0) is not None
+        return self._adopt(self.cutting.to_limits(self.model))
+
+    def _adopt(self, model: FleetModel) -> bool:
+        """Take a state for the present one; whether its masks are others."""
+        before, self.model = self.model.mask_version, model
+        return model.mask_version != before
 
     def _intake(self, key: RoundKey, bounds: Bounds) -> Intake:
         """What adds up the answers of a round."""
@@ -579,7 +584,7 @@ class Rounds:
             return None
         self._calibrated = False
         with np.errstate(over="ignore", invalid="ignore"):  # refused on the next lines
-            deltas, _ = intake.aggregate.result()
+            deltas, coverage = intake.aggregate.result()
             params = {name: model.params[name] + delta for name, delta in deltas.items()}
             stats = intake.statistics()
         if not self._finite(params, *stats.values()):
@@ -592,7 +597,9 @@ class Rounds:
             moved = _largest_move(model.stats, stats)
             self._calibrated = moved < CALIBRATED
             log.info("calibration step %d moved a mean by %.2g sd", key.step, moved)
-        self.model = FleetModel(params, stats, model.shapes, model.origin, model.mask_version)
+        if key.phase is Phase.TRAIN:
+            self.cutting.trained(model.params, params, coverage)
+        self.model = replace(model, params=params, stats=stats)
         if key.phase is Phase.CALIBRATE:
             return None
         return self._remask(key, intake)
@@ -610,66 +617,37 @@ class Rounds:
         settings, number = self._settings, key.number
         if key.phase is Phase.SCORE and key.step == GRAMS:
             return self._rebuild(intake)
+        after = self.model
         if key.phase is Phase.TRAIN:
-            scores = self._new_scores(number, intake)
-        elif self.ledger.ready(settings.first_criterion):
-            scores = self.ledger.scores(settings.first_criterion, self.model.params)
-        else:
-            scores = None  # nobody answered: the order by magnitude stands
-        order = None if scores is None else self._reorder(scores, number)
-        return None if order is None else self._mask(number)
-
-    def _new_scores(self, number: int, intake: Intake) -> Scores | None:
-        """What units are worth, if masks change after a training round; else None."""
-        settings = self._settings
-        scores = None
-        if self._tightening.remasks(number):
-            scores = self._policy.scores(settings, number, self.ledger, self.model)
-        tighter = self._tightening.closed(number, intake.metrics()["loss"], self.model)
-        if scores is not None or not tighter:
-            return scores
-        if self.ledger.ready(settings.criterion):
-            return self.ledger.scores(settings.criterion, self.model.params)
-        return self.ledger.scores(Criterion.NONE, self.model.params)
-
-    def _reorder(self, scores: Scores, number: int) -> Order | None:
-        """Put the units in a new order; None if that changes nothing."""
-        shapes = self._planner.shapes(number + 1, scores, self._tightening.slack)
-        before = self.model
-        share = 1.0
-        if self._settings.regrow < 1 and number > 0:
-            share = regrowth(number, self._settings.final_remask, self._settings.regrow)
-        self.model, order = remask(self._architecture, before, scores, shapes, share)
-        if self.model is before:
-            return None
-        self.ledger.reorder(order, self._smallest())
-        return order
+            after = self.cutting.after_round(number, intake.metrics()["loss"], after)
+        elif self.ledger.ready(first := settings.first_criterion):
+            scores = self.ledger.scores(first, after.params)
+            after = self.cutting.by_scores(scores, number, after, weights=first)
+        # Else nobody answered: the order by magnitude stands.
+        return self._mask(number) if self._adopt(after) else None
 
     def _rebuild(self, intake: Intake) -> MaskRecord | None:
         """Cut a trained model by what the Gram matrices of its layers' inputs say."""
-        widest = max(self.model.shapes.values(), key=lambda keep: sum(keep.values()))
+        before = model = self.model
+        widest = max(model.shapes.values(), key=lambda keep: sum(keep.values()))
         pooled = GramSums(self._architecture, widest)
-        for name, keep in self.model.shapes.items():
+        for name, keep in model.shapes.items():
             if keep == widest:
                 pooled.include(intake.grams[name])
         grams = pooled.result()
-        order = None
         if self._settings.first_criterion is Criterion.RECONSTRUCTION and grams:
-            scores = reconstruction(self._architecture, self.model.params, grams)
-            order = self._reorder(scores, 0)
-        if order is not None:
-            grams = reordered(grams, self._architecture, order)
+            scores = reconstruction(self._architecture, model.params, grams)
+            model, order = self.cutting.by_units(scores, 0, model)
+            if model is not before:
+                grams = reordered(grams, self._architecture, order)
         if self._settings.refit:
-            params = refit(self._architecture, self.model.params, grams, self.model.shapes)
+            params = refit(self._architecture, model.params, grams, model.shapes)
             if self._finite(params):
-                self.model = replace(self.model, params=params)
-        return None if order is None else self._mask(0)
+                model = replace(model, params=params)
+        model = self.cutting.prune_weights(model, 0, before=before)
+        return self._mask(0) if self._adopt(model) else None
 
     # ---- keeping
-
-    def _smallest(self) -> dict[str, int]:
-        shapes = self.model.shapes.values()
-        return {g: min(keep[g] for keep in shapes) for g in self._architecture.groups}
 
     def _mask(self, number: int) -> MaskRecord:
         return MaskRecord(self.model.mask_version, number, self.model.origin, self.model.shapes)
@@ -684,7 +662,8 @@ class Rounds:
             extra={"calibrated": np.array([self._calibrated])}
             | {f"{_NORM}{name}": np.array([norm]) for name, norm in self._norms.items()}
             | {f"{_RANGES}{name}": values for name, values in self.ranges.items()}
-            | self._tightening.arrays()
+            | support_arrays(self.model)
+            | self.cutting.arrays()
             | self._extra(),
         )
 

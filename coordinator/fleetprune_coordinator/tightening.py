@@ -13,8 +13,8 @@ from fleetprune import dynamic_schedule
 from fleetprune.dynamic_schedule import Move, Threshold
 from fleetprune.layout import Architecture
 from fleetprune.schedule import Curve, Schedule
+from fleetprune_coordinator.artifacts import small_model
 from fleetprune_coordinator.fleet_model import FleetModel
-from fleetprune_coordinator.resize import extract
 
 Watch = Callable[[FleetModel], float]
 """The accuracy that a dynamic schedule must not lose, of a state of the fleet's model."""
@@ -122,8 +122,8 @@ def narrowest_accuracy(
     """
 
     def accuracy(state: FleetModel) -> float:
-        name = min(state.shapes, key=lambda n: sum(state.shapes[n].values()))
-        small = extract(network, architecture, state.params, state.stats[name], state.shapes[name])
+        name = min(state.shapes, key=lambda n: state.parameters(architecture, n))
+        small = small_model(network, architecture, state, name)
         for module in small.modules():
             if isinstance(module, _BatchNorm):
                 module.train()

@@ -13,12 +13,15 @@ without torch.
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from math import prod
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fleetprune.errors import BudgetError, WireError
+
+T = TypeVar("T", bound=np.generic)
 
 KeepCounts = Mapping[str, int]
 """Units kept per group name."""
@@ -226,9 +229,7 @@ def tensor_index(spec: TensorSpec, wide: KeepCounts, keep: KeepCounts) -> Index:
     return np.ix_(*(axis_indices(axis, wide, keep) for axis in spec.axes))
 
 
-def reorder(
-    spec: TensorSpec, tensor: NDArray[np.float32], wide: KeepCounts, order: Order
-) -> NDArray[np.float32]:
+def reorder(spec: TensorSpec, tensor: NDArray[T], wide: KeepCounts, order: Order) -> NDArray[T]:
     """The tensor with each group's units put in `order` (a copy; nothing is cut)."""
     if not spec.axes:
         return tensor.copy()
@@ -249,7 +250,7 @@ class FlatLayout:
         self.offsets = (0, *(int(e) for e in ends))
         self.size = self.offsets[-1]
 
-    def split(self, flat: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    def split(self, flat: NDArray[T]) -> dict[str, NDArray[T]]:
         """Views of a (size,) vector, one per tensor name; WireError if the length differs."""
         if flat.shape != (self.size,):
             raise WireError(f"vector of shape {flat.shape}, expected ({self.size},)")

@@ -94,8 +94,23 @@ def _layers(architecture: Architecture) -> dict[str, set[str]]:
     return layers
 
 
-def _find(layers: Mapping[str, set[str]], name: str, key: str) -> list[str]:
-    """The groups that a name stands for, in order; BudgetError if there is no such layer."""
+def layers_called(architecture: Architecture, names: Sequence[str], key: str) -> set[str]:
+    """Layers, and groups by their own names, that names stand for (see `protect`).
+
+    Args:
+        architecture: The model.
+        names: As in the fleet's description.
+        key: Of the table `pruning`, for refusals.
+
+    Raises:
+        BudgetError: A name stands for nothing.
+    """
+    layers = _layers(architecture)
+    return {path for name in names for path in _match(layers, name, key)}
+
+
+def _match(layers: Mapping[str, set[str]], name: str, key: str) -> list[str]:
+    """The layers that a name stands for; BudgetError if there is none."""
     matches = [p for p in layers if fnmatchcase(p, name) or fnmatchcase(p, f"{name}.*")]
     if not matches:
         paths = {".".join(p.split(".")[: i + 1]) for p in layers for i in range(p.count(".") + 1)}
@@ -108,7 +123,12 @@ def _find(layers: Mapping[str, set[str]], name: str, key: str) -> list[str]:
             else f"expected one of {', '.join(known[:NEAR])}{more}"
         )
         raise BudgetError(f"pruning.{key}: no layer {name!r}, {hint}")
-    return list(dict.fromkeys(g for p in matches for g in sorted(layers[p])))
+    return matches
+
+
+def _find(layers: Mapping[str, set[str]], name: str, key: str) -> list[str]:
+    """The groups that a name stands for, in order; BudgetError if there is no such layer."""
+    return list(dict.fromkeys(g for p in _match(layers, name, key) for g in sorted(layers[p])))
 
 
 def _found(layers: Mapping[str, set[str]], name: str, key: str) -> list[str]:

@@ -13,10 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fleetprune.layout import Architecture
 from fleetprune_agent.runtime import inference_session
-from fleetprune_coordinator.fleet_model import FleetModel
-from fleetprune_coordinator.resize import extract
 from fleetprune_sim.data.partition import Indices
 
 BATCH = 500
@@ -97,11 +94,3 @@ def recalibrated(model: nn.Module, x: NDArray[np.float32]) -> nn.Module:
     with torch.no_grad():
         twin(torch.tensor(x))
     return twin.eval()
-
-
-def class_model(
-    network: nn.Module, architecture: Architecture, state: FleetModel, name: str
-) -> nn.Module:
-    """The network of a class as it stands."""
-    keep = state.shapes[name]
-    return extract(network, architecture, state.params, state.stats[name], keep)

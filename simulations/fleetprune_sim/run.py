@@ -17,9 +17,11 @@ from fleetprune.errors import TransportError
 from fleetprune.messages import Enrol, GraphRef, Task, TaskKind
 from fleetprune.schedule import Curve
 from fleetprune_agent.runtime import probe_block
+from fleetprune_coordinator.artifacts import small_model
 from fleetprune_coordinator.config import FleetConfig
 from fleetprune_coordinator.coordinator import RELEASES, Coordinator
 from fleetprune_coordinator.events import EventLog
+from fleetprune_coordinator.initial_weights import starts_anew
 from fleetprune_coordinator.keys import init_repository
 from fleetprune_coordinator.records import Phase
 from fleetprune_coordinator.rounds import TRIES
@@ -27,7 +29,7 @@ from fleetprune_coordinator.strategy import NestedStrategy, run_app, server_app
 from fleetprune_sim import memories
 from fleetprune_sim.clock import TRAINING, Clock
 from fleetprune_sim.engines import Engine, make_engine
-from fleetprune_sim.evaluate import class_model, recalibrated, score
+from fleetprune_sim.evaluate import recalibrated, score
 from fleetprune_sim.fleet import DEVICES, FOLDER, Fleet, build_fleet, save_whole
 from fleetprune_sim.grid import Rule, SimulatedGrid
 from fleetprune_sim.history import FILE, DeviceRow, EvaluationRow, History
@@ -110,6 +112,7 @@ class Simulation:
                 times=False,
             )
         )
+        self._new_head = self._head_that_is_new()
         self._enrol()
         self._engine: Engine = self._make_engine()
         opening.callback(self._engine.close)
@@ -179,6 +182,14 @@ class Simulation:
         trains = frozenset(n for n, c in self.wanted.config.classes.items() if c.trains)
         wanted = self.wanted
         return make_engine(wanted.engine, self.folder, wanted.method, trains, wanted.workers)
+
+    def _head_that_is_new(self) -> str | None:
+        """Asked while the file that the training began with is certainly there."""
+        model = self.plan.config.model
+        if model.initial is None or model.head is None:
+            return None
+        anew = starts_anew(self.coordinator.network, model.initial, model.head)
+        return model.head if anew else None
 
     # ---- training
 
@@ -339,7 +350,7 @@ class Simulation:
 
     def _model(self, name: str) -> torch.nn.Module:
         coordinator = self.coordinator
-        return class_model(
+        return small_model(
             coordinator.network, coordinator.architecture, coordinator.rounds.model, name
         )
 
@@ -357,5 +368,6 @@ class Simulation:
             self.counts,
             self.coordinator,
             self.history,
+            self._new_head,
         )
         return ended.write(released)

@@ -12,11 +12,11 @@ import numpy as np
 from torch import nn
 
 from fleetprune.files import write_atomic
-from fleetprune_coordinator.artifacts import accuracy
+from fleetprune_coordinator.artifacts import accuracy, small_model
 from fleetprune_coordinator.config import FleetConfig
 from fleetprune_coordinator.coordinator import RELEASES, Coordinator, Released
 from fleetprune_coordinator.records import Phase
-from fleetprune_sim.evaluate import class_model, latency_ms, own_accuracy, score
+from fleetprune_sim.evaluate import latency_ms, own_accuracy, score
 from fleetprune_sim.fleet import Fleet
 from fleetprune_sim.history import History, RoundRow
 from fleetprune_sim.methods.method import Plan
@@ -40,6 +40,8 @@ class Ended:
     """devices per class"""
     coordinator: Coordinator
     history: History
+    new_head: str | None
+    """the layer of a trained model that started anew"""
 
     def write(self, released: Mapping[str, Released]) -> dict[str, Any]:
         """Judge what was released, once, and write the summary."""
@@ -56,7 +58,7 @@ class Ended:
 
     def _network(self, name: str) -> nn.Module:
         coordinator = self.coordinator
-        return class_model(
+        return small_model(
             coordinator.network, coordinator.architecture, coordinator.rounds.model, name
         )
 
@@ -75,8 +77,11 @@ class Ended:
         }
 
     def _before(self, trial: Trial) -> dict[str, Any] | None:
-        """The trained model that was cut, with the BatchNorm statistics that it came with."""
-        if self.plan.config.model.initial is None:
+        """The trained model that was cut, with the BatchNorm statistics that it came with.
+
+        With a new head there is none: the head would be judged, which nobody trained.
+        """
+        if self.plan.config.model.initial is None or self.new_head is not None:
             return None
         network = self.coordinator.network
         return {
@@ -194,6 +199,7 @@ class Ended:
                 "accuracy": released[uncut[0]].manifest.accuracy if uncut else None,
             },
             "before": before,
+            "new_head": self.new_head,
             "traffic": {
                 "up_bytes": up,
                 "down_bytes": down,

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fleetprune.errors import ConfigError
-from fleetprune_coordinator.initial_weights import frozen_parameters, load_initial
+from fleetprune_coordinator.initial_weights import frozen_parameters, load_initial, starts_anew
 from fleetprune_sim import models
 
 FACTORY = "nets:make"
@@ -67,6 +67,7 @@ def test_a_head_for_other_labels_starts_anew(tmp_path, name):
     assert same(model, trained.state_dict(), without="fc.")
     assert torch.equal(model.fc.weight, fresh.fc.weight)
     assert torch.equal(model.fc.bias, fresh.fc.bias)
+    assert starts_anew(fresh, tmp_path / name, "fc")
 
 
 def test_a_head_that_the_file_has_not(tmp_path):
@@ -84,6 +85,7 @@ def test_a_head_that_fits_is_kept(tmp_path):
     path = saved(tmp_path, trained.state_dict(), "start.pt")
     load_initial(model, path, factory=FACTORY, head="fc")
     assert same(model, trained.state_dict())
+    assert not starts_anew(classifier(10), path, "fc")
 
 
 def refused(function, message):

@@ -85,7 +85,7 @@ def test_it_backs_off_when_accuracy_on_the_validation_set_falls(tmp_path):
     data = made.data.model_copy(update={"validation": tmp_path / "validation.npz"})
     made = made.model_copy(update={"data": data})
     with open_coordinator(made, tiny_devices()) as coordinator:
-        state = coordinator.rounds._tightening
+        state = coordinator.rounds.cutting.tightening
         seen = []
         watch = state._watch
         assert watch is not None

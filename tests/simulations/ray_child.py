@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,8 @@ TASK = "tests.simulations.tiny_task:task"
 ROUNDS = 40  # under Ray they take seconds: time to interrupt them
 LOOP, RAY = 20, 4
 """Rounds that the loop does first, and that Ray does after it."""
+WORKER = "ray::Client"
+"""How the title of an actor of Flower's begins, between its jobs and in them."""
 
 
 def carry(folder: Path, tell=lambda news: None, **options):
@@ -47,9 +50,9 @@ class Compared:
 
     def run(self, jobs) -> Iterator[Done]:
         if len(self.rounds) == RAY:
-            (worker,) = (p for p in processes() if p.name().startswith("ray::Client"))
-            worker.suspend()  # so that it certainly has work when it dies
-            threading.Timer(0.5, worker.kill).start()
+            process = worker()
+            process.suspend()  # so that it certainly has work when it dies
+            threading.Timer(0.5, process.kill).start()
         jobs = [*jobs, replace(jobs[0], model=b"no frame")]
         there, here = list(self.ray.run(jobs)), list(self.loop.run(jobs))
         self.rounds.append(
@@ -66,10 +69,50 @@ class Compared:
         self.ray.close()
 
 
-def processes() -> list[psutil.Process]:
-    """Of this one's children and theirs, those that live."""
-    found = psutil.Process().children(recursive=True)
-    return [p for p in found if p.status() != psutil.STATUS_ZOMBIE]
+def processes() -> list[tuple[psutil.Process, str]]:
+    """Of this one's children and theirs, those that live, each with its title."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended since it was listed
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append((process, title(process)))
+    return found
+
+
+def title(process: psutil.Process) -> str:
+    """What Ray has a process called; the kernel's own name is a thread's, and cut."""
+    return next(iter(process.cmdline()), "") or process.name()
+
+
+def worker(seconds: float = 10.0) -> psutil.Process:
+    """The one process that does jobs.
+
+    Raises:
+        LookupError: It is not there, after `seconds`; says what is.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        found = processes()
+        workers = [process for process, name in found if name.startswith(WORKER)]
+        if len(workers) == 1:
+            return workers[0]
+        if time.monotonic() > deadline:
+            raise LookupError(
+                f"{len(workers)} processes {WORKER}* after {seconds:g} s, expected 1; there are "
+                f"{', '.join(sorted(name for _, name in found)) or 'none'}; {actors()}"
+            )
+        time.sleep(0.05)
+
+
+def actors() -> str:
+    """What Ray itself knows of its workers: one that it has ended has a cause of death."""
+    import ray  # noqa: PLC0415  (the tests that import this module do without)
+
+    if not ray.is_initialized():
+        return "Ray does not run"
+    known = ray._private.state.actors().values()
+    kept = [{key: a[key] for key in ("State", "Pid", "DeathCause") if key in a} for a in known]
+    return f"Ray says {kept}"
 
 
 class Stopped(Exception):
@@ -108,7 +151,7 @@ def main(folder: Path) -> None:
         "telemetry": telemetry.FLWR_TELEMETRY_ENABLED,
         "environment kept": dict(os.environ) == environment,
         "handler kept": signal.getsignal(signal.SIGTERM) is handler,
-        "children": [p.name() for p in processes()],
+        "children": [name for _, name in processes()],
     }
     with contextlib.suppress(Stopped):
         carry(folder, until(ROUNDS + 1))

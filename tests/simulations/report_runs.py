@@ -40,6 +40,8 @@ class Synthetic:
     """What corruptions cost single classes, over what `robustness` says."""
     before: float | None = None
     """Accuracy of the trained model that was cut."""
+    new_head: str | None = None
+    """The layer of it that began anew."""
     robust: bool = True
     """Whether anybody looked: summaries of older versions do not tell."""
     version: str = "0.1.0"
@@ -115,6 +117,7 @@ class Synthetic:
             "client_rounds_per_s": 1.0 * answers,
             "dense": DENSE,
             **self.looked("before", self.cut()),
+            **self.looked("new_head", self.new_head),
             "traffic": {
                 "up_bytes": self.up * answers,
                 "down_bytes": 1_000 * answers,
@@ -131,7 +134,7 @@ class Synthetic:
             "devices": [],
         }
 
-    def looked(self, key: str, value: dict | None) -> dict:
+    def looked(self, key: str, value: dict | str | None) -> dict:
         return {key: value} if self.robust else {}
 
     def cut(self) -> dict | None:

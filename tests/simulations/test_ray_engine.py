@@ -166,6 +166,30 @@ def test_ctrl_c_ends_all_processes_and_leaves_no_folder(whole, tmp_path):
 # ---- without Ray
 
 
+@contextlib.contextmanager
+def titled(name: str, *, after: float = 0.0) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that takes a title, as Ray's workers do, but not the kernel's name for it."""
+    command = ["bash", "-c", f"sleep {after}; exec -a '{name}' sleep 60"]
+    with subprocess.Popen(command) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_the_worker_is_waited_for_by_its_title_and_what_was_there_instead_is_said():
+    with titled("ray::IDLE"), titled("ray::ClientAppActor", after=0.5) as late:
+        assert ray_child.worker(seconds=10.0).pid == late.pid
+        late.kill()
+        late.wait()
+        with pytest.raises(
+            LookupError,
+            match=r"^0 processes ray::Client\* after 0 s, expected 1; there are .*ray::IDLE.*; "
+            r"Ray does not run$",
+        ):
+            ray_child.worker(seconds=0.0)
+
+
 def test_without_ray_the_command_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(

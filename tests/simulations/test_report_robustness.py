@@ -180,6 +180,39 @@ def test_methods_that_have_cut_different_models_are_named(tmp_path):
     ]
 
 
+def test_of_a_new_head_there_is_nothing_to_compare_with(tmp_path):
+    for seed in range(3):
+        Synthetic(seed=seed, new_head="fc").write(tmp_path / f"n{seed}")
+    comparison = compared(tmp_path)
+    (grid,) = under_corruptions(comparison)
+    ((_, rows),) = grid.groups
+    assert rows[0] == ["before the cut", "new head: nothing to compare with", "–", "–"]
+    assert rows[1][0] == "hub"
+    assert finding(comparison) == (
+        "nested loses most under noise: hub 10.0 ± 0.0, phone 12.0 ± 0.0, watch 14.0 ± 0.0 and "
+        "sensor 16.0 ± 0.0 points. New head: nothing to compare with before the cut. Compared "
+        "with its widest model (hub), nested clearly loses more under noise: sensor 6.0 ± 0.0, "
+        "watch 4.0 ± 0.0 and phone 2.0 ± 0.0 points. Of 6 differences 3 are clear; chance alone "
+        "makes about 1.1 look so."
+    )
+    (task,) = comparisons_json([comparison], [])["tasks"]
+    assert (task["variants"][0]["before"], task["variants"][0]["new_head"]) == (None, "fc")
+    assert "before the cut" not in robustness(comparison).column("model")
+
+
+def test_new_heads_stand_behind_models_that_could_be_judged(tmp_path):
+    Synthetic(before=0.9).write(tmp_path / "nested")
+    Synthetic(method="small", level=0.6, new_head="fc").write(tmp_path / "small")
+    Synthetic(method="dense", level=0.5).write(tmp_path / "dense")
+    comparison = compared(tmp_path)
+    (grid,) = under_corruptions(comparison)
+    assert [row[:2] for row in grid.groups[0][1]] == [
+        ["nested", "90.0"],
+        ["small", "new head: nothing to compare with"],
+    ]
+    assert "New head" not in finding(comparison)  # of the best method, which has none
+
+
 def test_a_single_method_has_a_row_per_class(tmp_path):
     Synthetic(before=0.85).write(tmp_path / "run")
     (grid,) = under_corruptions(compared(tmp_path))
@@ -268,6 +301,27 @@ def test_seeds_that_are_not_common_are_compared_by_their_means():
 def test_corruptions_that_cost_nothing(tmp_path):
     Synthetic(lost=flat(0.0, bias=-0.01)).write(tmp_path / "run")
     assert finding(compared(tmp_path)).startswith("No corruption costs nested accuracy.")
+
+
+def test_a_real_run_with_a_new_head_judges_nothing_before_the_cut(tmp_path):
+    start = mlp(inputs=INPUTS, hidden=16, classes=LABELS).state_dict()
+    other = mlp(inputs=INPUTS, hidden=16, classes=LABELS + 1).state_dict()
+    found = {}
+    for name, state in (("kept", start), ("new", other)):
+        torch.save(state, tmp_path / f"{name}.pt")
+        changes = {
+            "training.rounds": 1,
+            "simulation.evaluate_every": 0,
+            "model.initial": str(tmp_path / f"{name}.pt"),
+            "model.head": "2",
+        }
+        run = Order(tmp_path / name, None, TASK, "nested", seed=0, changes=changes)
+        found[name] = carry_out(run, lambda news: None)
+    assert found["kept"]["new_head"] is None
+    assert found["kept"]["before"]["accuracy"] > 0
+    assert (found["new"]["new_head"], found["new"]["before"]) == ("2", None)
+    (run,) = find_runs([tmp_path / "new"]).runs
+    assert (run.summary.new_head, run.summary.before) == ("2", None)
 
 
 def test_a_real_run_is_judged_before_the_cut_and_after(tmp_path, monkeypatch):

@@ -71,6 +71,8 @@ class Facts:
     """Whether it can order the units of a model that comes trained, before the first cut."""
     later: bool = True
     """Whether it can order them again in the course of training."""
+    weights: bool = True
+    """Whether it has a form for single weights."""
 
 
 _TRAINED: Final = Facts(Needs.BACKWARD, "scores")
@@ -79,19 +81,21 @@ CATALOGUE: Final[Mapping[Criterion, Facts]] = {
     Criterion.NONE: Facts(Needs.NOTHING),
     Criterion.MAGNITUDE: Facts(Needs.NOTHING),
     Criterion.L1: Facts(Needs.NOTHING),
-    Criterion.GAMMA: Facts(Needs.NOTHING),
+    Criterion.GAMMA: Facts(Needs.NOTHING, weights=False),
     Criterion.THRESHOLD: Facts(Needs.NOTHING),
-    Criterion.FPGM: Facts(Needs.NOTHING),
+    Criterion.FPGM: Facts(Needs.NOTHING, weights=False),
     Criterion.SYNFLOW: Facts(Needs.NOTHING),
     Criterion.WANDA: Facts(Needs.FORWARD, "sumsq", additive=True),
-    Criterion.APOZ: Facts(Needs.FORWARD, "zeros", additive=True),
+    Criterion.APOZ: Facts(Needs.FORWARD, "zeros", additive=True, weights=False),
     Criterion.TAYLOR: _TRAINED,
     Criterion.TAYLOR_ABS: _TRAINED,
     Criterion.SENSITIVITY: _TRAINED,
     Criterion.FISHER: _TRAINED,
     Criterion.SNIP: _TRAINED,
     Criterion.MOVEMENT: Facts(Needs.TRAINING, signed=True, first=False),
-    Criterion.RECONSTRUCTION: Facts(Needs.FORWARD, "gram", additive=True, later=False),
+    Criterion.RECONSTRUCTION: Facts(
+        Needs.FORWARD, "gram", additive=True, later=False, weights=False
+    ),
 }
 
 MEASURED: Final = frozenset(

@@ -6,7 +6,7 @@ from typing import Any
 
 from fleetprune_sim.report.comparison import Cell, Comparison, Row
 from fleetprune_sim.report.figures import Spread
-from fleetprune_sim.report.robustness import Stand, before_cut, of_class
+from fleetprune_sim.report.robustness import Stand, before_cut, new_head, of_class
 from fleetprune_sim.report.table import rounded
 from fleetprune_sim.report.variants import fleet_differences
 
@@ -45,6 +45,7 @@ def _variant(comparison: Comparison, row: Row) -> dict[str, Any]:
         "virtual_s": _spread(row.virtual_s),
         "up_factor": _spread(row.up_factor),
         "before": _before(row),
+        "new_head": new_head(row),
         "mean_over_classes": {
             "classes": row.served,
             "accuracy": _spread(row.mean("accuracy")),

@@ -59,6 +59,19 @@ def befores(comparison: Comparison) -> list[tuple[Stand, list[Row]]]:
     return found
 
 
+def new_head(row: Row) -> str | None:
+    """The layer that was new to the trained models of a variant, so that nobody judged them."""
+    heads = [run.summary.new_head for run in row.variant.runs if run.summary.before is None]
+    return next((head for head in heads if head is not None), None)
+
+
+def new_headed(comparison: Comparison) -> list[Row]:
+    """Variants that have cut models with a new head, and none that could be judged."""
+    return [
+        row for row in comparison.rows if new_head(row) is not None and not before_cut(row).by_seed
+    ]
+
+
 def corruptions(comparison: Comparison) -> list[str]:
     """Names of those that any model has met."""
     names = dict.fromkeys(name for _, stand in _all(comparison) for name in stand.corruptions)

@@ -10,7 +10,13 @@ from fleetprune_sim.report import words
 from fleetprune_sim.report.comparison import Comparison, paired
 from fleetprune_sim.report.figures import Spread, mean_of
 from fleetprune_sim.report.leads import CLEAR, LEAST, Lead, lead
-from fleetprune_sim.report.robustness import Stand, before_cut, corruptions, of_class
+from fleetprune_sim.report.robustness import (
+    Stand,
+    before_cut,
+    corruptions,
+    new_headed,
+    of_class,
+)
 
 WELL = 2
 """How many times as many clear differences as chance makes are taken for more than chance."""
@@ -36,13 +42,14 @@ def finding(comparison: Comparison) -> str:
     mine = {n: stand for n, cell in best.cells.items() if (stand := of_class(cell)).by_seed}
     if not mine:
         return ""
-    said = _dearest(best.variant.label, _once(mine), names)
-    against = _reference(comparison, mine)
-    if against is None:
-        return said
-    reference, stand, classes = against
-    found = differences(_once({name: mine[name] for name in classes}), stand, names)
-    return f"{said} {_compared(best.variant.label, reference, found)}" if found else said
+    said = [_dearest(best.variant.label, _once(mine), names)]
+    if best in new_headed(comparison):
+        said.append(f"{words.NEW_HEAD.capitalize()} before the cut.")
+    if (against := _reference(comparison, mine)) is not None:
+        reference, stand, classes = against
+        found = differences(_once({name: mine[name] for name in classes}), stand, names)
+        said += [_compared(best.variant.label, reference, found)] if found else []
+    return " ".join(said)
 
 
 def _once(mine: Mapping[str, Stand]) -> dict[str, Stand]:

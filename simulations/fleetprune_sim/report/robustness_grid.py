@@ -3,13 +3,14 @@
 from fleetprune_sim.corruptions import BIAS, BLUR, NOISE
 from fleetprune_sim.report import words
 from fleetprune_sim.report.blocks import Cells, Grid
-from fleetprune_sim.report.comparison import Comparison
+from fleetprune_sim.report.comparison import Comparison, Row
 from fleetprune_sim.report.figures import Spread
 from fleetprune_sim.report.robustness import (
     BEFORE,
     Stand,
     befores,
     corruptions,
+    new_headed,
     of_class,
     robustness,
 )
@@ -30,13 +31,8 @@ def under_corruptions(comparison: Comparison) -> list[Grid]:
     names = corruptions(comparison)
     if not names:
         return []
-    cut = befores(comparison)
     groups = []
-    if cut:
-        rows = [
-            _row(_whose(comparison, labels), stand, names)
-            for stand, labels in ((s, [row.variant.label for row in of]) for s, of in cut)
-        ]
+    if rows := _before_the_cut(comparison, names):
         groups.append((BEFORE, rows))
     for name in comparison.classes:
         rows = [
@@ -57,8 +53,17 @@ def under_corruptions(comparison: Comparison) -> list[Grid]:
     return [grid.by_class() if len(comparison.rows) == 1 else grid]
 
 
-def _whose(comparison: Comparison, labels: list[str]) -> str:
+def _before_the_cut(comparison: Comparison, names: list[str]) -> list[Cells]:
+    """The trained models, and last those with a new head, of which there is nothing to show."""
+    found = [_row(_whose(comparison, rows), stand, names) for stand, rows in befores(comparison)]
+    if rows := new_headed(comparison):
+        found.append([_whose(comparison, rows), words.NEW_HEAD, *[words.NONE] * len(names)])
+    return found
+
+
+def _whose(comparison: Comparison, rows: list[Row]) -> str:
     """Who has cut a model."""
+    labels = [row.variant.label for row in rows]
     return "all" if len(labels) == len(comparison.rows) else words.joined(labels)
 
 

@@ -116,7 +116,9 @@ class Summary(_Part):
     client_rounds: Count = 0
     dense: Dense
     before: Before | None = None
-    """None: the training began with no trained model, or nobody looked"""
+    """None: the training began with no trained model, or with a new head, or nobody looked"""
+    new_head: str | None = None
+    """the layer that was new to the trained model: nobody had trained it"""
     traffic: FleetTraffic
     virtual: Virtual
     labels: tuple[str | int, ...] = ()

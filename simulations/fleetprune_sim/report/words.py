@@ -8,6 +8,8 @@ from fleetprune_sim.report.comparison import Comparison, Row
 from fleetprune_sim.report.figures import Spread
 
 NONE = "–"
+NEW_HEAD = "new head: nothing to compare with"
+"""Of a trained model, part of which began anew."""
 _BLANK = "\u00a0"
 """Does not end a line, so that a unit stays with its figure."""
 PER_CENT = f"{_BLANK}%"

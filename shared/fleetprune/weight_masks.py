@@ -1,0 +1,177 @@
+"""Which single weights stay, so that a file is within its bytes: exact, and the same every time.
+
+All blocks of all layers stand in one order; a class keeps as many of the first as its bytes allow.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetprune.budgets import Allocation
+from fleetprune.errors import BudgetError
+from fleetprune.patterns import SINGLE, Pattern, Shape
+
+Weights = Mapping[str, NDArray[np.float32]]
+Masks = dict[str, NDArray[np.bool_]]
+
+DECODER_BYTES, BLOCK_BYTES = 380, 160
+"""Most bytes of a file that say how one pruned weight is unpacked (`sparse_file`), and how blocks
+are put in place."""
+LONGEST_GAP = 255
+"""Blocks that one byte can skip."""
+
+
+def packed_bytes(pattern: Pattern, shape: Shape, kept: int, item: int) -> int:
+    """Most bytes of a file that a pruned weight takes.
+
+    Args:
+        pattern: What goes together.
+        shape: Of the weight.
+        kept: Blocks of it that stay; of a pattern N:M the weights.
+        item: Bytes of one weight.
+    """
+    blocks, block = pattern.blocks(shape), pattern.block * item
+    marked = -(-blocks // 8) + (kept + 1) * block
+    skips = (blocks - kept) // LONGEST_GAP
+    skipped = (kept + skips) * (1 + block)
+    decoder = DECODER_BYTES + BLOCK_BYTES * (pattern.block > 1)
+    return min(prod(shape) * item, decoder + min(marked, skipped))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight that is pruned."""
+
+    shape: Shape
+    item: int
+    """Bytes of one weight in the file."""
+
+
+def solve_masks(
+    layers: Mapping[str, Layer],
+    scores: Weights,
+    limit: int,
+    *,
+    pattern: Pattern = SINGLE,
+    allocation: Allocation = Allocation.GLOBAL,
+) -> Masks:
+    """The blocks with which the layers are within a limit of bytes, as many as fit.
+
+    Args:
+        layers: Weights by name.
+        scores: By the same names, of the same shapes, finite and not negative; a block is worth
+            the sum.
+        limit: Bytes of all of them together.
+        pattern: What goes together; not N:M.
+        allocation: `UNIFORM` leaves every layer the same share. `GLOBAL` compares blocks over
+            layers by `lamp`.
+
+    Returns:
+        By name, of the layers' shapes; at least one block of each layer stays. Ties go to the
+        lower index, and to the layer named first.
+
+    Raises:
+        BudgetError: Not even one block of each layer fits, or scores are not as described.
+    """
+    ranked = _ranked(layers, scores, pattern, allocation)
+    sizes = [pattern.blocks(layer.shape) for layer in layers.values()]
+    order = np.concatenate([np.full(n, i) for i, n in enumerate(sizes)])[ranked]
+
+    def cost(count: int) -> int:
+        kept = np.bincount(order[:count], minlength=len(sizes)).tolist()
+        return sum(
+            packed_bytes(pattern, layer.shape, k, layer.item)
+            for layer, k in zip(layers.values(), kept, strict=True)
+        )
+
+    least = len(sizes)
+    if cost(least) > limit:
+        raise BudgetError(
+            f"{limit} bytes for the weights of {len(sizes)} layers, which take at least "
+            f"{cost(least)}: raise flash_bytes"
+        )
+    count = bisect_right(range(least, order.size + 1), limit, key=cost) + least - 1
+    keep = np.zeros(order.size, np.bool_)
+    keep[ranked[:count]] = True
+    parts = np.split(keep, np.cumsum(sizes)[:-1])
+    return {
+        name: pattern.spread(part.reshape(pattern.grid(layer.shape)))
+        for (name, layer), part in zip(layers.items(), parts, strict=True)
+    }
+
+
+def _ranked(
+    layers: Mapping[str, Layer], scores: Weights, pattern: Pattern, allocation: Allocation
+) -> NDArray[np.intp]:
+    """All blocks, numbered layer by layer, in the order in which they stay.
+
+    The best of each layer come first.
+    """
+    keys = []
+    for name, layer in layers.items():
+        values = checked(name, scores[name], layer.shape)
+        worth = pattern.pooled(values).ravel()
+        rank = np.empty(worth.size, np.intp)
+        rank[np.argsort(-worth, kind="stable")] = np.arange(worth.size)
+        key = -lamp(worth) if allocation is Allocation.GLOBAL else (rank + 1) / rank.size
+        key[rank == 0] = -np.inf
+        keys.append(key)
+    return np.argsort(np.concatenate(keys), kind="stable")
+
+
+def checked(name: str, values: NDArray[Any], shape: Shape) -> NDArray[Any]:
+    """Scores of a layer's weights; BudgetError if their shape or a value is not as expected."""
+    if values.shape != shape:
+        raise BudgetError(f"scores of {name}: shape {values.shape}, expected {shape}")
+    if not np.isfinite(values).all() or values.min(initial=0) < 0:
+        raise BudgetError(f"scores of {name}: expected finite numbers of at least 0")
+    return values
+
+
+def lamp(worth: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How much of what is left of its layer each block is: comparable over layers.
+
+    `s_i² / sum of s_j² over all j worth no more than i` (Lee et al., "Layer-Adaptive Sparsity for
+    the Magnitude-Based Pruning", ICLR 2021, with `|w|` for `s`). The best of a layer has at most
+    1, so that none is emptied.
+
+    Args:
+        worth: (n,) finite, not negative.
+
+    Returns:
+        (n,) in 0..1, in the order of `worth` (equal ones: higher for the lower index).
+    """
+    order = np.argsort(-worth, kind="stable")
+    top = float(worth.max(initial=0.0)) or 1.0
+    squares = np.square(worth[order] / top)
+    left = np.cumsum(squares[::-1])[::-1]
+    shares = np.divide(squares, left, out=np.zeros_like(squares), where=left > 0)
+    out: NDArray[np.float64] = np.empty_like(shares)
+    out[order] = shares
+    return out
+
+
+def pattern_masks(
+    layers: Mapping[str, Layer], scores: Weights, pattern: Pattern, slack: float
+) -> Masks:
+    """The N highest of every M weights.
+
+    Args:
+        layers: Weights by name.
+        scores: By the same names, of the same shapes, finite and not negative.
+        pattern: N:M.
+        slack: What a schedule leaves of the way from N to M, 0..1; rounded down to whole weights.
+
+    Returns:
+        By name, of the layers' shapes.
+    """
+    n = pattern.n + int(slack * (pattern.m - pattern.n))
+    return {
+        name: pattern.best_of_each(checked(name, scores[name], layer.shape), n)
+        for name, layer in layers.items()
+    }
