@@ -105,7 +105,7 @@ def _forms(array: NDArray[Any], rows: int, columns: int) -> Iterator[_Packed]:
     yield _Packed(rows, columns, marks, None, np.concatenate([np.zeros_like(blocks[:1]), stored]))
     places = np.flatnonzero(marks)
     gaps = np.diff(places, prepend=0)
-    between = gaps // LONGEST - (gaps % LONGEST == 0) * (gaps > 0)
+    between = np.maximum(gaps - 1, 0) // LONGEST
     ends = np.cumsum(between + 1) - 1
     skips = np.full(places.size + int(between.sum()), LONGEST, np.uint8)
     skips[ends] = gaps - between * LONGEST

@@ -74,10 +74,9 @@ class WeightPruning:
         if budget.flash_bytes is None:
             return
         pattern = self.rule.pattern
-        kept = {n: self._least(layer) for n, layer in self._layers(keep).items()}
         least = self._other_bytes(keep) + sum(
-            packed_bytes(pattern, layer.shape, kept[n], layer.item)
-            for n, layer in self._layers(keep).items()
+            packed_bytes(pattern, self._fewest(layer), layer.item)
+            for layer in self._layers(keep).values()
         )
         if least > budget.flash_bytes:
             raise BudgetError(
@@ -124,10 +123,14 @@ class WeightPruning:
             allocation=self.rule.allocation,
         )
 
-    def _least(self, layer: Layer) -> int:
-        """Blocks that stay at least; of a pattern N:M the weights that stay."""
+    def _fewest(self, layer: Layer) -> NDArray[np.bool_]:
+        """Marks of a layer of which as little stays as the pattern allows."""
         pattern = self.rule.pattern
-        return pattern.blocks(layer.shape) * pattern.n // pattern.m if pattern.m else 1
+        if pattern.m:
+            return pattern.best_of_each(np.zeros(layer.shape), pattern.n)
+        marks = np.zeros(pattern.grid(layer.shape), np.bool_)
+        marks.flat[0] = True
+        return marks
 
     def _layers(self, keep: KeepCounts) -> dict[str, Layer]:
         return {

@@ -6,7 +6,6 @@ All blocks of all layers stand in one order; a class keeps as many of the first 
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -26,21 +25,27 @@ LONGEST_GAP = 255
 """Blocks that one byte can skip."""
 
 
-def packed_bytes(pattern: Pattern, shape: Shape, kept: int, item: int) -> int:
+def packed_bytes(pattern: Pattern, marks: NDArray[np.bool_], item: int) -> int:
     """Most bytes of a file that a pruned weight takes.
 
     Args:
         pattern: What goes together.
-        shape: Of the weight.
-        kept: Blocks of it that stay; of a pattern N:M the weights.
+        marks: Which of its blocks stay, of the shape of `Pattern.grid`.
         item: Bytes of one weight.
     """
-    blocks, block = pattern.blocks(shape), pattern.block * item
-    marked = -(-blocks // 8) + (kept + 1) * block
-    skips = (blocks - kept) // LONGEST_GAP
-    skipped = (kept + skips) * (1 + block)
+    kept, block = int(np.count_nonzero(marks)), pattern.block * item
+    marked = -(-marks.size // 8) + (kept + 1) * block
+    # A file may hold a matrix as it is, or what multiplies from the other side.
+    ways = [marks.ravel(), marks.T.ravel()] if marks.ndim == 2 else [marks.ravel()]
+    skipped = max(kept + _fillers(way) for way in ways) * (1 + block)
     decoder = DECODER_BYTES + BLOCK_BYTES * (pattern.block > 1)
-    return min(prod(shape) * item, decoder + min(marked, skipped))
+    return min(marks.size * block, decoder + min(marked, skipped))
+
+
+def _fillers(marks: NDArray[np.bool_]) -> int:
+    """Blocks of zeros that have to be stored because more than 255 are skipped."""
+    gaps = np.diff(np.flatnonzero(marks), prepend=0)
+    return int((np.maximum(gaps - 1, 0) // LONGEST_GAP).sum())
 
 
 @dataclass(frozen=True)
@@ -80,13 +85,20 @@ def solve_masks(
     """
     ranked = _ranked(layers, scores, pattern, allocation)
     sizes = [pattern.blocks(layer.shape) for layer in layers.values()]
-    order = np.concatenate([np.full(n, i) for i, n in enumerate(sizes)])[ranked]
+    ends = np.cumsum(sizes)[:-1]
+
+    def chosen(count: int) -> list[NDArray[np.bool_]]:
+        keep = np.zeros(ranked.size, np.bool_)
+        keep[ranked[:count]] = True
+        return [
+            part.reshape(pattern.grid(layer.shape))
+            for part, layer in zip(np.split(keep, ends), layers.values(), strict=True)
+        ]
 
     def cost(count: int) -> int:
-        kept = np.bincount(order[:count], minlength=len(sizes)).tolist()
         return sum(
-            packed_bytes(pattern, layer.shape, k, layer.item)
-            for layer, k in zip(layers.values(), kept, strict=True)
+            packed_bytes(pattern, marks, layer.item)
+            for marks, layer in zip(chosen(count), layers.values(), strict=True)
         )
 
     least = len(sizes)
@@ -95,14 +107,8 @@ def solve_masks(
             f"{limit} bytes for the weights of {len(sizes)} layers, which take at least "
             f"{cost(least)}: raise flash_bytes"
         )
-    count = bisect_right(range(least, order.size + 1), limit, key=cost) + least - 1
-    keep = np.zeros(order.size, np.bool_)
-    keep[ranked[:count]] = True
-    parts = np.split(keep, np.cumsum(sizes)[:-1])
-    return {
-        name: pattern.spread(part.reshape(pattern.grid(layer.shape)))
-        for (name, layer), part in zip(layers.items(), parts, strict=True)
-    }
+    count = bisect_right(range(least, ranked.size + 1), limit, key=cost) + least - 1
+    return {name: pattern.spread(marks) for name, marks in zip(layers, chosen(count), strict=True)}
 
 
 def _ranked(
