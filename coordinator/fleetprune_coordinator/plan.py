@@ -144,7 +144,7 @@ class Planner:
         refused = []
         for name, budget in self.budgets.items():
             try:
-                self.solver.check_feasible(name, self._of_units(budget))
+                self.solver.check_feasible(name, self.of_units(budget))
             except BudgetError as e:
                 hint = ""
                 if self.weights.rule.granularity is Granularity.WEIGHT:
@@ -163,14 +163,14 @@ class Planner:
         if refused:
             raise BudgetError("; ".join(refused))
 
-    def _of_units(self, budget: Budget) -> Budget:
+    def of_units(self, budget: Budget) -> Budget:
         """What of a budget units answer for: where weights are pruned, they answer for bytes."""
         if not self.weights.rule.granularity.weights:
             return budget
         return budget.model_copy(update={"flash_bytes": None})
 
     def _solve(self, budgets: Mapping[str, Budget], scores: Scores) -> dict[str, dict[str, int]]:
-        units = {name: self._of_units(budget) for name, budget in budgets.items()}
+        units = {name: self.of_units(budget) for name, budget in budgets.items()}
         return self.solver.solve(units, falling(scores))
 
     def learn_latency(self, latency: Mapping[str, LatencyModel]) -> None:

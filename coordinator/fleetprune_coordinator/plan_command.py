@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fleetprune import criteria
 from fleetprune.budgets import Allocation
+from fleetprune.criteria.weights import magnitude
 from fleetprune.errors import RegistryError
 from fleetprune.exits import say
 from fleetprune.latency import LatencyModel, LatencyTable
@@ -45,7 +46,7 @@ def plan(
     in the way. Latencies are predicted where the fleet's devices have measured some.
     """
     config = load_fleet_config(fleet)
-    architecture, costed, scores = _model(config)
+    architecture, costed, scores, params = _model(config)
     tables = _tables(config, architecture)
     planner = Planner.of(
         config,
@@ -54,15 +55,16 @@ def plan(
         None if allocation is None else Allocation(allocation),
         costed,
     )
-    plans = explain(planner, scores)
+    weights = {name: magnitude(params[name]) for name in planner.weights.names}
+    plans = explain(planner, scores, weights)
     if json_:
         typer.echo(json.dumps({"fleet": config.fleet, **as_json(planner, plans, tables)}, indent=2))
     else:
         _show(Console(), config, planner, plans, tables)
 
 
-def _model(config: FleetConfig) -> tuple[Architecture, Architecture, Scores]:
-    """The model as plain data, as its files cost, and what its units are worth by its weights.
+def _model(config: FleetConfig) -> tuple[Architecture, Architecture, Scores, Scores]:
+    """The model as plain data, as its files cost, what its units are worth, and its weights.
 
     Weights that nobody has trained say nothing: all units count the same.
     """
@@ -76,9 +78,10 @@ def _model(config: FleetConfig) -> tuple[Architecture, Architecture, Scores]:
     model = load_model(config)
     architecture = describe(model, torch.zeros(1, *config.model.input_shape), config)
     scores = {g: np.ones(n, np.float32) for g, n in architecture.groups.items()}
+    params = read(model)[0]
     if config.model.initial is not None:
-        scores = criteria.magnitude(architecture, read(model)[0])
-    return architecture, counted(model, architecture, config), scores
+        scores = criteria.magnitude(architecture, params)
+    return architecture, counted(model, architecture, config), scores, params
 
 
 def _tables(config: FleetConfig, architecture: Architecture) -> dict[str, LatencyTable]:
@@ -157,6 +160,10 @@ def _layers(planner: Planner, plans: Mapping[str, ClassPlan]) -> Table:
         table.add_column(name, justify="right")
     for group, units in planner.groups.items():
         table.add_row(group, str(units), *(str(p.keep[group]) for p in plans.values()))
+    for layer in dict.fromkeys(layer for p in plans.values() for layer in p.weights):
+        found = [p.weights.get(layer) for p in plans.values()]
+        shares = ("all" if f is None else f"{100 * f[0] / f[1]:.0f} %" for f in found)
+        table.add_row(f"weights of {layer.removesuffix('.weight')}", "", *shares)
     table.add_section()
     columns = [(sum(planner.groups.values()), planner.dense)]
     columns += [(sum(p.keep.values()), p.costs) for p in plans.values()]

@@ -1,7 +1,7 @@
 """What a plan says: per class what it keeps, what that costs, and which limit is in the way."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fleetprune.budgets import Budget
@@ -9,6 +9,9 @@ from fleetprune.costs import Costs
 from fleetprune.latency import LatencyTable
 from fleetprune.solver import KEYS
 from fleetprune_coordinator.plan import Planner, Scores, falling
+
+AT_THE_END = 1 << 30
+"""A round in which every schedule has ended."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Limit:
     alone: dict[str, int]
     """What the class would keep if this were its only limit, and it the only class."""
     refuses: int
-    """Groups whose next step it does not allow; 0: it does not bind."""
+    """Groups whose next step it does not allow, or layers whose weights it prunes; 0: it does not
+    bind."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class ClassPlan:
     """Groups that are as wide as the class around this one."""
     around: tuple[str, ...]
     """Classes whose models contain this one's."""
+    weights: dict[str, tuple[int, int]]
+    """Per layer of which single weights are pruned how many stay, and how many its units have."""
     predicted_ms: float | None
     """Without the stated error; None: its devices have measured nothing."""
 
@@ -47,19 +53,29 @@ class ClassPlan:
         return most.key if most is not None and most.refuses else None
 
 
-def explain(planner: Planner, scores: Scores) -> dict[str, ClassPlan]:
+def explain(
+    planner: Planner, scores: Scores, weights: Scores | None = None
+) -> dict[str, ClassPlan]:
     """Solve the final budgets and say what each limit does.
 
     Args:
         planner: Of the fleet.
         scores: Per group (units,), in any order.
+        weights: Scores of single weights, where they are pruned, by name.
     """
     solver, ordered = planner.solver, falling(scores)
     found: dict[str, ClassPlan] = {}
-    for name, nested in solver.nest(planner.budgets, ordered).items():
-        budget = planner.budgets[name]
+    of_units = {name: planner.of_units(budget) for name, budget in planner.budgets.items()}
+    nests = solver.nest(of_units, ordered)
+    shapes = {name: nested.keep for name, nested in nests.items()}
+    masks = {} if weights is None else planner.masks(AT_THE_END, shapes, weights)
+    for name, nested in nests.items():
+        budget, mine = planner.budgets[name], masks.get(name, {})
         costs = planner.costs(nested.keep)
-        refused = solver.binding(name, budget, nested.keep, nested.ceiling)
+        if mine:
+            costs = replace(costs, artifact_bytes=planner.weights.bytes(nested.keep, mine))
+        refused = solver.binding(name, of_units[name], nested.keep, nested.ceiling)
+        refused.setdefault("flash_bytes", sum(not kept.all() for kept in mine.values()))
         model = planner.latency.get(name)
         reached: dict[str, float | None] = {
             "flash_bytes": costs.artifact_bytes,
@@ -73,7 +89,7 @@ def explain(planner: Planner, scores: Scores) -> dict[str, ClassPlan]:
             if limit is None or got is None:
                 continue
             only = Budget.model_validate({key: limit, "batch": budget.batch})
-            alone = solver.solve({name: only}, ordered)[name]
+            alone = solver.solve({name: planner.of_units(only)}, ordered)[name]
             limits.append(Limit(key, limit, got, alone, refused[key]))
         found[name] = ClassPlan(
             keep=nested.keep,
@@ -81,6 +97,7 @@ def explain(planner: Planner, scores: Scores) -> dict[str, ClassPlan]:
             limits=tuple(limits),
             nesting=refused["nesting"],
             around=nested.around,
+            weights={n: (int(kept.sum()), kept.size) for n, kept in mine.items()},
             predicted_ms=None if model is None else model.predict(nested.keep),
         )
     return found
@@ -100,6 +117,7 @@ def as_json(
     return {
         "schema": 1,
         "allocation": planner.allocation.value,
+        "granularity": planner.weights.rule.granularity.value,
         "groups": dict(groups),
         "dense": _costs(planner.dense),
         "classes": {name: _class(planner, name, plan, tables) for name, plan in plans.items()},
@@ -126,6 +144,7 @@ def _class(
         "keep": plan.keep,
         "units": sum(plan.keep.values()),
         "costs": _costs(plan.costs),
+        "weights": {n: {"kept": kept, "of": of} for n, (kept, of) in plan.weights.items()},
         "batch": planner.budgets[name].batch,
         "limits": {
             limit.key: {

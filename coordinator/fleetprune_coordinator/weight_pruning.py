@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +86,23 @@ class WeightPruning:
                 + (" or choose a pattern that leaves less" if pattern.m else "")
             )
 
+    def bytes(self, keep: KeepCounts, masks: Masks) -> int:
+        """Bytes of a class's file at most.
+
+        Args:
+            keep: The class's units.
+            masks: Which of its weights stay; of a layer that is not named, all.
+        """
+        if not masks:
+            return self._costs.costs(keep).artifact_bytes
+        pattern = self.rule.pattern
+        return self._other_bytes(keep) + sum(
+            packed_bytes(pattern, pattern.marks(masks[n]), layer.item)
+            if n in masks
+            else layer.item * prod(layer.shape)
+            for n, layer in self._layers(keep).items()
+        )
+
     def masks(
         self,
         keep: KeepCounts,
@@ -140,10 +158,7 @@ class WeightPruning:
 
     def _other_bytes(self, keep: KeepCounts) -> int:
         """Bytes of a class's file beside its prunable weights."""
-        whole = sum(
-            layer.item * int(np.prod(layer.shape, dtype=np.int64))
-            for layer in self._layers(keep).values()
-        )
+        whole = sum(layer.item * prod(layer.shape) for layer in self._layers(keep).values())
         return self._costs.costs(keep).artifact_bytes - whole + SHARED_BYTES
 
     def _check_pattern(self, name: str, keep: KeepCounts) -> None:

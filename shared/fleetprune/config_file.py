@@ -20,6 +20,9 @@ from fleetprune.errors import ConfigError
 
 Loc = tuple[int | str, ...]
 
+GUIDE = "docs/bring-your-own.md"
+NAMED = 5  # missing keys that a refusal names
+
 
 def _from_base(path: Path, info: ValidationInfo) -> Path:
     base: Path | None = (info.context or {}).get("base")
@@ -56,7 +59,9 @@ def load_section(path: Path, root: type[S]) -> S:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise ConfigError(f"{path}: cannot be read: {e.strerror}") from e
+        raise ConfigError(
+            f"{path}: cannot be read: {e.strerror}; {GUIDE} says what such a file holds"
+        ) from e
     except UnicodeDecodeError as e:
         raise ConfigError(f"{path}: byte {e.start} is not UTF-8") from e
     except tomllib.TOMLDecodeError as e:
@@ -71,14 +76,23 @@ def load_section(path: Path, root: type[S]) -> S:
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """The first thing that is wrong, in one line, with the nearest known key for an unknown one."""
+    """The first thing that is wrong, in one line, with the nearest known key for an unknown one.
+
+    Where that is a key that is missing, all that are missing are named, if they are few.
+    """
     errors = error.errors(include_url=False, include_context=False)
     # An unknown key is often why another one is missing, so it comes first.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     loc = tuple(p for p in first["loc"] if p != "[key]")
     unknown = first["type"] == "extra_forbidden"
     section, shown = _follow(root, loc[:-1] if unknown else loc)
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    missing = [e for e in errors if e["type"] == "missing"]
+    together = first["type"] == "missing" and len(missing) <= NAMED
+    left = len(errors) - (len(missing) if together else 1)
+    more = f" (and {left} more)" if left else ""
+    if together:
+        names = [".".join(_follow(root, e["loc"])[1]) for e in missing]
+        return f"{', '.join(names)}: field required{more}"
     if unknown:
         where = ".".join((*shown, str(loc[-1])))
         known = sorted({f.alias or name for name, f in section.model_fields.items()})

@@ -106,6 +106,10 @@ class Pattern:
         pooled: NDArray[np.float64] = parts.sum(axis=(1, 3))
         return pooled
 
+    def marks(self, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Marks of weights as marks of the blocks that hold them."""
+        return kept[:: self.rows, :: self.columns]
+
     def spread(self, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Marks of blocks as marks of weights."""
         return kept.repeat(self.rows, axis=0).repeat(self.columns, axis=1)

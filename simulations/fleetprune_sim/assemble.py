@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fleetprune.config_file import explain
+from fleetprune.config_file import GUIDE, explain
 from fleetprune.errors import ConfigError
 from fleetprune_coordinator.config import FleetConfig, load_fleet_config
 from fleetprune_sim.data.corpus import Corpus
@@ -50,6 +50,11 @@ def assemble(
         ConfigError: Something is unknown, or does not fit together.
         DataError: The task's data are missing.
     """
+    if fleet is not None and not fleet.exists():
+        raise ConfigError(
+            f"{fleet}: no such file; {GUIDE} has examples, and fleetprune simulate --task digits "
+            "needs none"
+        )
     given = None if fleet is None else load_fleet_config(fleet)
     name = task or (simulation_of(given).task if given is not None else "")
     if not name:

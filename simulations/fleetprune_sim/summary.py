@@ -141,6 +141,9 @@ class Ended:
                 "sha256": release.manifest.sha256,
                 "bytes": costs.artifact_bytes,
                 "params": release.artifact.parameters,
+                "nonzero_params": coordinator.rounds.model.parameters(
+                    coordinator.architecture, model
+                ),
                 "macs": costs.macs,
                 "peak_activation_bytes": costs.peak_activation_bytes,
                 "latency_ms": round(latency_ms(release.artifact.onnx, fleet.x.shape[1:]), 4),

@@ -7,7 +7,7 @@ from fleetprune.messages import ResultHeader
 from fleetprune.result import encode_result
 from fleetprune_coordinator.config import PruningConfig
 from fleetprune_coordinator.records import Phase
-from fleetprune_coordinator.rounds import RANGES, RoundKey
+from fleetprune_coordinator.round_plan import RANGES, RoundKey
 from fleetprune_coordinator.value_ranges import BINS, PER_TENSOR
 from fleetprune_sim.loop import open_coordinator, train
 from tests.simulations.fleets import tiny_config, tiny_devices

@@ -14,7 +14,7 @@ from fleetprune.update import SparseUpdate
 from fleetprune_coordinator.coordinator import Coordinator
 from fleetprune_coordinator.events import EventLog
 from fleetprune_coordinator.records import Phase
-from fleetprune_coordinator.rounds import RoundKey
+from fleetprune_coordinator.round_plan import RoundKey
 from fleetprune_sim.loop import open_coordinator
 from fleetprune_sim.models import mlp
 from tests.simulations.fleets import tiny_config, tiny_devices

@@ -11,7 +11,7 @@ from fleetprune.messages import ResultHeader, TaskKind
 from fleetprune.result import encode_result
 from fleetprune_coordinator.config import FleetConfig
 from fleetprune_coordinator.records import Phase
-from fleetprune_coordinator.rounds import RoundKey
+from fleetprune_coordinator.round_plan import RoundKey
 from fleetprune_coordinator.timing import digest
 from fleetprune_sim.loop import open_coordinator, train
 from tests.simulations.fleets import tiny_config, tiny_devices

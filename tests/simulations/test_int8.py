@@ -18,7 +18,7 @@ from fleetprune_coordinator.export import Format, export
 from fleetprune_coordinator.int8 import Verdict
 from fleetprune_coordinator.quantise import all_integer
 from fleetprune_coordinator.records import Phase
-from fleetprune_coordinator.rounds import RANGES
+from fleetprune_coordinator.round_plan import RANGES
 from fleetprune_sim.data import digits
 from fleetprune_sim.loop import LoopDevice, open_coordinator, train
 from fleetprune_sim.models import digits_cnn

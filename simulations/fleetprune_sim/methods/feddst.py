@@ -36,7 +36,7 @@ from fleetprune_agent.data import Batches
 from fleetprune_agent.sessions import Arrays, Graph
 from fleetprune_agent.trainer import Trained
 from fleetprune_coordinator.bounds import Bounds
-from fleetprune_coordinator.rounds import RoundKey
+from fleetprune_coordinator.round_plan import RoundKey
 from fleetprune_sim.methods.sparse.device import GradientMasking, MaskedWorker, Masking
 from fleetprune_sim.methods.sparse.frames import SparsePayload, SparseResult, encode_mask
 from fleetprune_sim.methods.sparse.intake import SparseIntake, checked_mask

@@ -42,7 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetprune_coordinator.bounds import Bounds
-from fleetprune_coordinator.rounds import RoundKey
+from fleetprune_coordinator.round_plan import RoundKey
 from fleetprune_sim.methods.sparse.frames import SparseResult
 from fleetprune_sim.methods.sparse.grow import GROW, GradientWorker, named_weights
 from fleetprune_sim.methods.sparse.intake import SparseIntake

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from fleetprune.messages import Task
 from fleetprune_coordinator.bounds import Bounds
 from fleetprune_coordinator.records import Phase
-from fleetprune_coordinator.rounds import RoundKey
+from fleetprune_coordinator.round_plan import RoundKey
 from fleetprune_sim.methods.sparse.budget import keep_counts
 from fleetprune_sim.methods.sparse.candidates import (
     JUDGED,

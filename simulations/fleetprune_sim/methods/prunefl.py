@@ -18,7 +18,9 @@ Left open by the paper or chosen here:
 - *Initial pruning* is round 1: the device with the most samples trains `INITIAL_EPOCHS` epochs,
   with a reconfiguration after each, down to the budget in equal ratios. The authors' device trains
   outside of the rounds on a few hundred samples, begins to reconfigure once it is half as good
-  again as chance, does it every 50 passes over them, and ends when the size has settled.
+  again as chance, does it every 50 passes over them, and ends when the size has settled. Rounds
+  may take `INITIAL_EPOCHS` times as long as those of other methods, or a slow first device, which
+  trains the dense model, would always come late.
 - *How often*: `remask_every`, to the end but for the last round. The authors reconfigure every 50
   of 3 000 to 20 000 rounds, and never stop either.
 - *Importance* is of the round of reconfiguration alone, because devices keep nothing from round to
@@ -30,16 +32,20 @@ Left open by the paper or chosen here:
   as many weights grown by squared gradient as are pruned. This one is the paper's.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fleetprune.errors import MessageError
-from fleetprune.messages import Task
+from fleetprune.messages import MAX_DEADLINE_S, Task
 from fleetprune_coordinator.bounds import Bounds
+from fleetprune_coordinator.config import FleetConfig
 from fleetprune_coordinator.records import DeviceRecord, Phase
-from fleetprune_coordinator.rounds import RoundKey
+from fleetprune_coordinator.round_plan import RoundKey
+from fleetprune_sim.methods.method import Plan, with_training
 from fleetprune_sim.methods.sparse.budget import keep_counts, uniform
 from fleetprune_sim.methods.sparse.frames import (
     SparseResult,
@@ -162,3 +168,9 @@ class PruneFL(SparseMethod):
     paper = "Jiang et al. 2022"
     exchange = PruneFLRounds
     device = ImportanceWorker
+
+    def plan(self, config: FleetConfig, devices: Mapping[str, int]) -> Plan:
+        """One dense layout for all, and time for the first device's epochs."""
+        plan = super().plan(config, devices)
+        patience = min(MAX_DEADLINE_S, INITIAL_EPOCHS * config.training.round_timeout_s)
+        return replace(plan, config=with_training(plan.config, round_timeout_s=patience))

@@ -94,6 +94,21 @@ def of_keep(table: Table, row: Row) -> str:
     )
 
 
+def of_weights(row: Row) -> str:
+    """How many of the weights of these units are left; nothing where all are."""
+    shares: dict[str, list[float]] = {}
+    for run in row.variant.runs:
+        for name, found in run.summary.classes.items():
+            made = found.artifact
+            if made is not None and made.nonzero_params is not None and made.params:
+                shares.setdefault(name, []).append(made.nonzero_params / made.params)
+    left = {name: mean_of(Spread.of(values)) for name, values in shares.items()}
+    if all(share is None or share >= 1 for share in left.values()):
+        return ""
+    parts = [f"{name} {words.percent(share, 0)}" for name, share in left.items() if share]
+    return f" Of their weights, those that are not zero: {words.joined(parts)}."
+
+
 def of_partition(run: Run, shown: int) -> str:
     """How unevenly samples and labels are spread."""
     sizes = [d.samples for d in run.devices]

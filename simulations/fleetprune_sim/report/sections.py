@@ -119,7 +119,8 @@ def _keep(comparison: Comparison) -> list[Figure | Grid]:
     mine = table.where("variant", best.variant.label)
     if not mine.rows:
         return []
-    label, says = best.variant.label, findings.of_keep(table, best)
+    label = best.variant.label
+    says = findings.of_keep(table, best) + findings.of_weights(best)
     groups = list(dict.fromkeys(mine.column("group")))
     plots = [
         Plot(name, f"{name}: units that {label} keeps per group.", "units",

@@ -63,6 +63,8 @@ class Artifact(_Part):
 
     bytes: Count
     params: Count
+    nonzero_params: Count | None = None
+    """of these, those that are not pruned one by one"""
     macs: Count
     peak_activation_bytes: Count
     latency_ms: Amount | None = None

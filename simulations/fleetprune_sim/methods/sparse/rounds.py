@@ -14,7 +14,8 @@ from fleetprune_coordinator.bounds import Bounds
 from fleetprune_coordinator.config import ClassConfig
 from fleetprune_coordinator.intake import Intake
 from fleetprune_coordinator.records import DeviceRecord, MaskRecord, Phase
-from fleetprune_coordinator.rounds import RoundKey, Rounds
+from fleetprune_coordinator.round_plan import RoundKey
+from fleetprune_coordinator.rounds import Rounds
 from fleetprune_coordinator.snapshot import Snapshot
 from fleetprune_sim.methods.sparse.budget import (
     MOST_FOR_ENDS,
