@@ -4,7 +4,7 @@
 #   make test [ARGS='tests/shared -k masks']
 #   make check   make bench   make clean
 #   make fuzz [NETS=10000]   (random networks, traced, cut and held against the dense ones)
-#   make study OUT=DIR [SEEDS='60 61']   (docs/method.md: three hours, to be taken up again any time)
+#   make study OUT=DIR [SEEDS='60 61']   (docs/method.md: four hours, to be taken up again any time)
 
 PYTHON ?= python3
 TASK ?= digits
@@ -54,7 +54,10 @@ study: .venv/.dev
 	@$(STUDY) --task fashion --out '$(OUT)/fashion' --method $(METHODS) \
 		--set small:$(RATE)=0.1 --set fedrolex:$(RATE)=0.2 --set exclude:$(RATE)=0.1 \
 		--set dense:$(RATE)=0.2
-	@$(STUDY) --task fashion --out '$(OUT)/sparse' --method $(SPARSE) --set feddst:$(RATE)=0.1
+	@$(STUDY) --task fashion --out '$(OUT)/sparse' --method $(SPARSE) \
+		--set prunefl:$(RATE)=0.2 --set feddst:$(RATE)=0.1
+	@$(STUDY) --task har --out '$(OUT)/sparse-har' --method $(SPARSE) --set $(RATE)=0.2 \
+		--set prunefl:$(RATE)=0.4 --set fedtiny:$(RATE)=0.4
 	@for seed in $(SEEDS); do \
 		warm="$(BIN)/fleetprune simulate --resume --task fashion --seed $$seed $(WARM)"; \
 		$$warm --out '$(OUT)'/warm/reconstruction-$$seed && \

@@ -1,10 +1,12 @@
 """The fleet's description, `fleet.toml`: read once, checked whole, refused in one line."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    BeforeValidator,
     Field,
     PlainValidator,
     PrivateAttr,
@@ -47,6 +49,16 @@ def _pattern(value: object) -> str:
         raise ValueError(str(e)) from e
 
 
+def _found_out(value: object) -> object:
+    if value == "auto":
+        raise ValueError(
+            "only a simulation can find this out: run fleetprune simulate with this file first, "
+            "and write what it has chosen here"
+        )
+    return value
+
+
+_FoundOut = BeforeValidator(_found_out)
 PatternText = Annotated[str, PlainValidator(_pattern)]
 Least = Annotated[float, PlainValidator(_least)]
 """Units (an int) or a share (a float): the two ways to write 1 mean two things."""
@@ -136,8 +148,8 @@ class TrainingConfig(Section):
     regrow: Share = 1.0
     """Share of a class's units that new masks may replace at first, falling along a cosine to none
     in the last round that brings some (RigL's annealing); 1: any number, at any time."""
-    criterion: Criterion = Criterion.TAYLOR
-    first_criterion: Criterion = Criterion.RECONSTRUCTION
+    criterion: Annotated[Criterion, _FoundOut] = Criterion.TAYLOR
+    first_criterion: Annotated[Criterion, _FoundOut] = Criterion.RECONSTRUCTION
     """Of the first masks of a model that comes trained."""
     score_merge: ScoreMerge = ScoreMerge.MEAN
     """How what devices say of a unit becomes one figure. The median and the trimmed mean give every
@@ -218,7 +230,7 @@ class PruningConfig(Section):
     channel_multiple: int = Field(default=8, ge=1)
     """Widths are multiples of it; the kernels of most runtimes work on 8 channels or 16 at once."""
     allocation: Allocation = Allocation.UNIFORM
-    granularity: Granularity = Granularity.CHANNEL
+    granularity: Annotated[Granularity, _FoundOut] = Granularity.CHANNEL
     """`channel` cuts units. `weight` prunes single weights until a class's file is within its
     bytes; `hybrid` cuts units for all other limits and prunes single weights for the bytes. Only a
     smaller model is faster: single weights save bytes, on disk and on the way."""
@@ -359,11 +371,12 @@ class FleetConfig(Section):
         return import_object(dotted, what, self._folder)
 
 
-def load_fleet_config(path: Path) -> FleetConfig:
+def load_fleet_config(path: Path, data: Mapping[str, Any] | None = None) -> FleetConfig:
     """Read and check a `fleet.toml`.
 
     Args:
         path: The file.
+        data: What it says, where that has been read already.
 
     Returns:
         The description; its paths are absolute.
@@ -372,7 +385,7 @@ def load_fleet_config(path: Path) -> FleetConfig:
         ConfigError: The file cannot be read or parsed, a key is unknown, missing or has a wrong
             value; one line with the file and the key.
     """
-    config = load_section(path, FleetConfig)
+    config = load_section(path, FleetConfig, data)
     for key, file in (
         ("model.initial", config.model.initial),
         ("data.test", config.data.test),

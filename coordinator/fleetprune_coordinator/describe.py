@@ -8,6 +8,7 @@ from fleetprune_coordinator.config import FleetConfig
 from fleetprune_coordinator.graphs import export_infer
 from fleetprune_coordinator.int8 import planned
 from fleetprune_coordinator.onnx_costs import overhead_bytes
+from fleetprune_coordinator.supported import untraceable
 from fleetprune_coordinator.tracing import trace
 
 
@@ -23,7 +24,7 @@ def describe(model: nn.Module, example: Tensor, config: FleetConfig) -> Architec
         TraceError: The model cannot be pruned, names the layer; or it has another number of
             outputs than the fleet has labels.
     """
-    architecture = trace(model, example)
+    architecture = trace(model, example, untraceable(model, config.pruning.exclude))
     if architecture.classes != config.model.outputs:
         raise TraceError(
             f"the model has {architecture.classes} outputs, "

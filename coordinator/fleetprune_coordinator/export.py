@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fleetprune.errors import BudgetError, ConfigError
 from fleetprune.files import make_folder, sha256_of, write_atomic
 from fleetprune.layout import Architecture
+from fleetprune.patterns import Pattern
 from fleetprune_coordinator.artifacts import small_model
 from fleetprune_coordinator.config import FleetConfig
 from fleetprune_coordinator.coordinator import RELEASES, check_continues, load_model
@@ -30,7 +31,9 @@ from fleetprune_coordinator.records import ReleaseRecord
 from fleetprune_coordinator.registry import Registry
 from fleetprune_coordinator.resize import read, resize
 from fleetprune_coordinator.rounds import ranges_in
+from fleetprune_coordinator.sparse_file import pack
 from fleetprune_coordinator.store import DATABASE
+from fleetprune_coordinator.supported import untraceable
 from fleetprune_coordinator.tracing import trace
 
 DESCRIPTION = ".json"
@@ -57,6 +60,8 @@ class Description(BaseModel):
     device_class: str = ""
     keep: dict[str, int]
     """Units per group."""
+    exclude: tuple[str, ...] = ()
+    """Layers that are in no group because they cannot be traced."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,8 @@ class _Small:
     description: Description
     ranges: Any
     """(tensors, 2) of its file, as `quantise` takes them; None: not measured."""
+    pattern: Pattern | None
+    """What of its weights was pruned together; None: no single weights."""
 
 
 def export(
@@ -158,7 +165,8 @@ def load(path: Path | str, folder: Path | str | None = None) -> nn.Module:
     where = Path(folder) if folder is not None else path.absolute().parent
     factory = import_object(description.factory, "factory", where)
     dense = factory(**description.arguments)
-    architecture = trace(dense, torch.zeros(1, *description.input_shape))
+    example = torch.zeros(1, *description.input_shape)
+    architecture = trace(dense, example, description.exclude)
     try:
         small = resize(dense, architecture, description.keep)
         small.load_state_dict(state)
@@ -176,7 +184,8 @@ def _small(config: FleetConfig, registry: Registry, name: str) -> _Small:
     dense = load_model(config)
     check_continues(snapshot, read(dense)[0], config)
     example = torch.zeros(1, *config.model.input_shape)
-    architecture: Architecture = trace(dense, example)
+    exclude = untraceable(dense, config.pruning.exclude)
+    architecture: Architecture = trace(dense, example, exclude)
     state = restored(snapshot, registry.mask(snapshot.mask_version))
     return _Small(
         network=small_model(dense, architecture, state, name),
@@ -188,15 +197,18 @@ def _small(config: FleetConfig, registry: Registry, name: str) -> _Small:
             labels=config.model.labels,
             device_class=name,
             keep=state.shapes[name],
+            exclude=exclude,
         ),
         ranges=ranges_in(snapshot).get(name),
+        pattern=Pattern.parse(config.pruning.pattern) if name in state.supports else None,
     )
 
 
 def _bytes(small: _Small, kind: Format, *, int8: bool) -> bytes:
     if kind is Format.ONNX:
         onnx = export_infer(small.network, small.example).onnx
-        return quantise(onnx, small.ranges) if int8 else onnx
+        onnx = quantise(onnx, small.ranges) if int8 else onnx
+        return onnx if small.pattern is None else pack(onnx, small.pattern)
     out = io.BytesIO()
     if kind is Format.STATE_DICT:
         torch.save(small.network.state_dict(), out)

@@ -18,7 +18,14 @@ from fleetprune.layout import Architecture
 from fleetprune_coordinator.artifacts import Artifact, golden, predict
 from fleetprune_coordinator.graphs import export_infer
 from fleetprune_coordinator.onnx_costs import file_costs, overhead_bytes
-from fleetprune_coordinator.quantise import all_integer, no_ranges, quantise, quantised
+from fleetprune_coordinator.quantise import (
+    all_integer,
+    float_layers,
+    float_weights,
+    no_ranges,
+    quantise,
+    quantised,
+)
 from fleetprune_coordinator.selfcheck import randomised
 
 Int8 = bool | Literal["auto"]
@@ -38,7 +45,7 @@ class Verdict:
     int8: bool
     """Whether the quantised file ships."""
     reason: str = ""
-    """Why not, or why all the same."""
+    """Why not, or why all the same; or which layers stay in float32 even so."""
     accuracy: float | None = None
     """Of the quantised file on the test set."""
     float_accuracy: float | None = None
@@ -84,9 +91,9 @@ def choose_file(
         if wanted == "auto":
             reason = "there is no test set (data.test) to measure what int8 costs"
             return made, Verdict(int8=False, reason=reason, agreement=agreement)
-        return small, Verdict(int8=True, agreement=agreement)
+        return small, Verdict(int8=True, reason=float_layers(made.onnx), agreement=agreement)
     ours, before = (float((guess == y).mean()) for guess in outputs)
-    ships, reason = before - ours <= most_lost + 1e-9, ""
+    ships, reason = before - ours <= most_lost + 1e-9, float_layers(made.onnx)
     if not ships:
         reason = f"int8 loses {before - ours:.4f} of accuracy, allowed are {most_lost:g}"
         if not fits(made):
@@ -149,7 +156,10 @@ def planned(model: nn.Module, architecture: Architecture) -> Architecture:
         onnx = export_infer(dense, sample).onnx
         return quantise(onnx, no_ranges(onnx))
 
-    integer = all_integer(export(randomised(model, torch.float32), example))
-    found = quantised(architecture, integer=integer)
-    overhead = overhead_bytes(model, found, example, export)
+    twin = randomised(model, torch.float32)
+    file = export(twin, example)
+    weights = {name: p.detach().numpy() for name, p in twin.named_parameters()}
+    floats = float_weights(file, weights)
+    found = quantised(architecture, integer=all_integer(file), floats=floats)
+    overhead = overhead_bytes(model, architecture, example, export, found)
     return found.model_copy(update={"overhead_bytes": overhead})

@@ -7,7 +7,7 @@ kernel, as it does when it loads the file. All others compute in float32.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -15,6 +15,8 @@ import onnx
 PRODUCTS = frozenset({"Gemm", "MatMul"})
 """Their kernels can also write float32."""
 WEIGHTED = PRODUCTS | {"Conv"}
+UNKNOWN = frozenset({"ConvTranspose"})
+"""Layers with weights that have none."""
 JOINS = frozenset({"Add", "Mul", "Concat"})
 UNARY = frozenset({"GlobalAveragePool", "AveragePool", "MaxPool", "Sigmoid", "LeakyRelu"})
 VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"})
@@ -45,17 +47,18 @@ def depends(nodes: Nodes, x: str) -> set[str]:
     return found
 
 
-def choose(nodes: Nodes, x: str, outputs: Iterable[str]) -> Choice:
+def choose(nodes: Nodes, x: str, outputs: Iterable[str], constants: Collection[str]) -> Choice:
     """Choose the nodes of a float graph that are worth running on integers.
 
-    Convolutions and linear layers with constant weights; and what joins, pools, bends or reshapes
-    nothing but their outputs. A node between two float operators is left alone: turning values
-    to integers and back costs more than it saves.
+    Convolutions and linear layers whose weights and biases are stored; and what joins, pools, bends
+    or reshapes nothing but their outputs. A node between two float operators is left alone: turning
+    values to integers and back costs more than it saves.
 
     Args:
         nodes: The graph's, in order.
         x: Its float32 input.
         outputs: Its outputs.
+        constants: Names of the tensors that it stores.
     """
     inside = depends(nodes, x)
     reads = Counter(outputs)
@@ -64,6 +67,8 @@ def choose(nodes: Nodes, x: str, outputs: Iterable[str]) -> Choice:
     for place, node in enumerate(nodes):
         fed = [name for name in node.input if name in inside]
         if not fed or not _suits(node, fed, integer, reads):
+            continue
+        if node.op_type in WEIGHTED and why_float(node, fed, constants):
             continue
         chosen.append(place)
         integer.update(node.output)
@@ -80,7 +85,7 @@ def _suits(
     node: onnx.NodeProto, fed: Sequence[str], integer: set[str], reads: Mapping[str, int]
 ) -> bool:
     if node.op_type in WEIGHTED:
-        return len(fed) == 1 and node.input[0] == fed[0]
+        return len(fed) == 1
     if any(name not in integer for name in fed):
         return False
     if node.op_type in JOINS:
@@ -88,6 +93,45 @@ def _suits(
     if node.op_type in CLAMPS:
         return reads[fed[0]] == 1
     return node.op_type in UNARY | VIEWS and node.input[0] == fed[0]
+
+
+def left_in_float(nodes: Nodes, x: str, constants: Collection[str]) -> str:
+    """Which layers with weights no integer kernel can run, in words; empty if there are none.
+
+    Args:
+        nodes: The graph's, in order.
+        x: Its float32 input.
+        constants: Names of the tensors that it stores.
+    """
+    inside = depends(nodes, x)
+    reasons = []
+    for node in nodes:
+        fed = [name for name in node.input if name in inside]
+        if node.op_type in WEIGHTED | UNKNOWN and len(fed) == 1:
+            reasons.append((node.op_type, why_float(node, fed, constants)))
+    left = Counter(f"{kind} ({why})" for kind, why in reasons if why)
+    if not left:
+        return ""
+    parts = [f"{count} {what}" for what, count in left.items()]
+    return f"{left.total()} of {len(reasons)} layers stay in float32: {', '.join(parts)}"
+
+
+def why_float(node: onnx.NodeProto, fed: Sequence[str], constants: Collection[str]) -> str:
+    """Why a layer cannot run on integers; empty if it can.
+
+    Args:
+        node: With one input that depends on the sample.
+        fed: That input.
+        constants: Names of the tensors that the graph stores.
+    """
+    if node.op_type in UNKNOWN:
+        return "onnxruntime has no integer kernel"
+    if node.input[0] != fed[0]:
+        return "its weight is on the left"
+    for what, name in zip(("weight", "bias"), node.input[1:], strict=False):
+        if name and name not in constants:
+            return f"its {what} is computed"
+    return ""
 
 
 @dataclass(frozen=True)

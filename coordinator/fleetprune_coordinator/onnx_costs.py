@@ -10,13 +10,13 @@ are in neither figure.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
 import onnx
 import torch
-from onnx import helper, shape_inference
+from onnx import helper, numpy_helper, shape_inference
 from torch import Tensor, nn
 
 from fleetprune.costs import Costs
@@ -25,6 +25,7 @@ from fleetprune.layout import Architecture
 from fleetprune_coordinator.integer_kernels import INTO, OUT_OF, integers
 from fleetprune_coordinator.liveness import memory
 from fleetprune_coordinator.recording import Kind, Operator, Recording
+from fleetprune_coordinator.resize import resize
 from fleetprune_coordinator.selfcheck import randomised
 
 SLACK_BYTES = 96  # the file's expected outputs: four numbers of 3 to 24 decimal digits each
@@ -88,24 +89,69 @@ def overhead_bytes(
     architecture: Architecture,
     example: Tensor,
     export: Callable[[nn.Module, Tensor], bytes],
+    counted: Architecture | None = None,
 ) -> int:
     """Bytes of a shipped file that are not weights, for `Architecture.overhead_bytes`.
 
-    Measured on the dense model with random weights: a file stores equal constants once, so that
-    the zero biases of a model before training would hide what a trained one takes.
+    Measured with random weights: a file stores equal constants once, so that the zero biases of a
+    model before training would hide what a trained one takes. So it does with shapes: where some
+    are read more than once, a model is measured, too, whose groups all have different widths.
 
     Args:
         model: The dense model; it is not changed.
         architecture: Its description.
         example: (1, *shape).
         export: Makes the file of a model in evaluation mode.
+        counted: Has the bytes of the file's weights; None: as `architecture` says.
 
     Returns:
-        An upper bound for every keep count, at most `SLACK_BYTES` above the dense file's own.
+        An upper bound for every keep count, `SLACK_BYTES` above what was measured.
     """
-    dense = architecture.groups
-    weights = sum(t.artifact_bytes * t.size(dense) for t in architecture.tensors)
-    return len(export(randomised(model, torch.float32), example)) - weights + SLACK_BYTES
+    twin = randomised(model, torch.float32)
+    dense, counted = architecture.groups, counted or architecture
+    file = export(twin, example)
+    found = len(file) - _weights(counted, dense)
+    if _has_shared_sizes(file):
+        keep = _widths_apart(architecture)
+        other = export(resize(twin, architecture, keep), example)
+        found = max(found, len(other) - _weights(counted, keep))
+    return found + SLACK_BYTES
+
+
+def _weights(architecture: Architecture, keep: Mapping[str, int]) -> int:
+    return sum(t.artifact_bytes * t.size(keep) for t in architecture.tensors)
+
+
+def _has_shared_sizes(file: bytes) -> bool:
+    """Whether two operators of a file read the same constant that may be a shape."""
+    graph = onnx.load_from_string(file).graph
+    reads = Counter(name for node in graph.node for name in node.input)
+    return any(
+        reads[tensor.name] > 1 and int(numpy_helper.to_array(tensor).max(initial=0)) > 1
+        for tensor in graph.initializer
+        if tensor.data_type == onnx.TensorProto.INT64
+    )
+
+
+def _widths_apart(architecture: Architecture) -> dict[str, int]:
+    """The widest keep counts with which no two groups' axes, and if possible none, are as long."""
+    axes = [axis for spec in architecture.tensors for axis in spec.axes]
+    fixed = {
+        sum(s.units * s.block for s in axis) for axis in axes if not any(s.group for s in axis)
+    }
+    groups: set[int] = set()
+    keep = {}
+    for name, units in sorted(architecture.groups.items(), key=lambda group: group[1]):
+        blocks = {s.block for axis in axes for s in axis if s.group == name}
+        apart = (
+            n
+            for taken in (fixed | groups, groups)
+            for n in range(units, 0, -1)
+            if taken.isdisjoint(n * b for b in blocks)
+        )
+        keep[name] = next(apart, units)
+        groups |= {keep[name] * b for b in blocks}
+    return keep
 
 
 def _open(model: bytes) -> _File:

@@ -23,6 +23,9 @@ from fleetprune_coordinator.weight_pruning import WeightPruning, WeightRule
 
 Scores = Mapping[str, NDArray[np.float32]]
 NS = 1e6  # nanoseconds in a millisecond: schedules ease whole numbers
+_UNITS_STAY = (
+    'single weights save bytes alone: raise the budget or set pruning.granularity = "hybrid"'
+)
 
 
 class Planner:
@@ -146,18 +149,17 @@ class Planner:
             try:
                 self.solver.check_feasible(name, self.of_units(budget))
             except BudgetError as e:
-                hint = ""
                 if self.weights.rule.granularity is Granularity.WEIGHT:
-                    hint = (
-                        ', or set pruning.granularity = "hybrid": single weights save bytes alone'
-                    )
-                refused.append(f"{e}{hint}")
+                    missed, _, _ = str(e).partition(";")
+                    refused.append(f"{missed}; {_UNITS_STAY}")
+                else:
+                    refused.append(str(e))
         if refused:
             raise BudgetError("; ".join(refused))
         flat = {g: np.zeros(n, np.float32) for g, n in self.groups.items()}
         for name, keep in self._solve(self.budgets, flat).items():
             try:
-                self.weights.check(name, self.budgets[name], keep)
+                self.weights.check(name, self.budgets[name], keep, self.grids[name])
             except BudgetError as e:
                 refused.append(str(e))
         if refused:
@@ -243,7 +245,7 @@ class Planner:
         return {name: masks for name, masks in found.items() if masks}
 
     def _in_force(self, round_: int, name: str, slack: float | None) -> Budget:
-        budget, dense = self.budgets[name], self.dense
+        budget, dense = self.budgets[name], self.costs(self.groups)
         pairs = {
             "flash_bytes": dense.artifact_bytes,
             "ram_bytes": budget.batch * dense.peak_activation_bytes,

@@ -13,13 +13,14 @@ With 7 bits every processor's sums are exact, and only their rounding differs.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
 from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -31,8 +32,11 @@ from fleetprune_coordinator.integer_kernels import (
     INTO,
     OUT_OF,
     PRODUCTS,
+    VIEWS,
+    Choice,
     choose,
     integers,
+    left_in_float,
 )
 
 FLOAT_BYTES: Final = 4
@@ -40,6 +44,8 @@ CONVOLUTION_SCALES: Final = 8
 """Bytes per output channel beside weights and bias: the weights' scale and the bias's."""
 LINEAR_SCALES: Final = 13
 """As above, and zero points, without which onnxruntime has no integer kernel: 1 and 4 bytes."""
+PIECES: Final = VIEWS | {"Split", "Slice"}
+"""What makes of a weight another tensor with the same numbers, or some of them."""
 
 Constants = dict[str, onnx.TensorProto]
 
@@ -49,8 +55,8 @@ def quantise(model: bytes, ranges: NDArray[np.float32]) -> bytes:
 
     Args:
         model: What `export_infer` made.
-        ranges: (tensors, 2) lowest and highest value of each tensor that
-            `integer_kernels.choose` names in the file, in its order.
+        ranges: (tensors, 2) lowest and highest value of each tensor that `prepared` chooses, in
+            its order.
 
     Returns:
         An ONNX file in QDQ form with the same input, output and metadata.
@@ -58,15 +64,11 @@ def quantise(model: bytes, ranges: NDArray[np.float32]) -> bytes:
     Raises:
         GraphError: The ranges are not those of this file, or its input is not float32.
     """
-    proto = onnx.load_from_string(model)
+    proto, choice = prepared(model)
     graph = proto.graph
     x, y = graph.input[0].name, graph.output[0].name
-    if graph.input[0].type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
-        raise GraphError("int8: the model's input is not float32")
-    _drop_identity(graph, y)
     for place, node in enumerate(graph.node):
         node.name = f"n{place}"  # the quantiser tells nodes apart by name
-    choice = choose(graph.node, x, [y])
     if ranges.shape != (len(choice.tensors), 2):
         raise GraphError(
             f"int8: ranges of shape {ranges.shape}, "
@@ -75,7 +77,9 @@ def quantise(model: bytes, ranges: NDArray[np.float32]) -> bytes:
     chosen = [graph.node[i] for i in choice.nodes]
     limits = _limits(graph, dict(zip(choice.tensors, ranges.tolist(), strict=True)))
     # What a clamp reads takes on the range of what it makes, and the clamp goes.
-    limits |= {n.input[0]: limits[n.output[0]] for n in chosen if n.op_type in CLAMPS}
+    clamps = [node for node in chosen if node.op_type in CLAMPS]
+    vanished = {name for node in clamps for name in (node.input[0], node.output[0])}
+    limits |= {n.input[0]: limits[n.output[0]] for n in clamps}
     quantiser = QDQQuantizer(
         proto,
         per_channel=True,
@@ -97,7 +101,7 @@ def quantise(model: bytes, ranges: NDArray[np.float32]) -> bytes:
     quantiser.quantize_model()
     quantiser.model.topological_sort()
     quantised = quantiser.model.model
-    _keep_float(quantised.graph, y)
+    _keep_float(quantised.graph, y, vanished)
     _shorten(quantised.graph, x, y)
     data: bytes = quantised.SerializeToString(deterministic=True)
     return data
@@ -105,10 +109,54 @@ def quantise(model: bytes, ranges: NDArray[np.float32]) -> bytes:
 
 def no_ranges(model: bytes) -> NDArray[np.float32]:
     """Ranges (tensors, 2) to quantise a file with whose numbers do not matter."""
-    graph = onnx.load_from_string(model).graph
+    _, choice = prepared(model)
+    return np.tile(np.array([-1, 1], np.float32), (len(choice.tensors), 1))
+
+
+def prepared(model: bytes) -> tuple[onnx.ModelProto, Choice]:
+    """An inference file as it is quantised, and what of it is to run on integers.
+
+    Args:
+        model: What `export_infer` made.
+
+    Returns:
+        The file, in which weights that are cut out of others, turned or reshaped are stored as
+        they are read; and the choice.
+
+    Raises:
+        GraphError: The file's input is not float32.
+    """
+    proto = onnx.load_from_string(model)
+    graph = proto.graph
+    if graph.input[0].type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
+        raise GraphError("int8: the model's input is not float32")
     _drop_identity(graph, graph.output[0].name)
-    count = len(choose(graph.node, graph.input[0].name, [graph.output[0].name]).tensors)
-    return np.tile(np.array([-1, 1], np.float32), (count, 1))
+    _store_views(graph)
+    constants = {t.name for t in graph.initializer}
+    return proto, choose(graph.node, graph.input[0].name, [graph.output[0].name], constants)
+
+
+def float_layers(model: bytes) -> str:
+    """Which layers of an inference file `quantise` leaves in float32, and why; empty if none."""
+    graph = prepared(model)[0].graph
+    return left_in_float(graph.node, graph.input[0].name, {t.name for t in graph.initializer})
+
+
+def float_weights(model: bytes, weights: Mapping[str, NDArray[np.float32]]) -> set[str]:
+    """Names of the weights that a quantised file still has in float32.
+
+    Args:
+        model: The quantised file.
+        weights: Of the network that it was made of, by name; numbers at random, none twice.
+    """
+    graph = onnx.load_from_string(model).graph
+    stored = [
+        numpy_helper.to_array(t).ravel()
+        for t in graph.initializer
+        if t.data_type == onnx.TensorProto.FLOAT
+    ]
+    numbers = np.concatenate([np.zeros(0, np.float32), *stored])
+    return {name for name, weight in weights.items() if np.isin(weight, numbers).all()}
 
 
 def all_integer(model: bytes) -> bool:
@@ -123,7 +171,9 @@ def all_integer(model: bytes) -> bool:
     )
 
 
-def quantised(architecture: Architecture, *, integer: bool) -> Architecture:
+def quantised(
+    architecture: Architecture, *, integer: bool, floats: Collection[str] = ()
+) -> Architecture:
     """What a model costs as a quantised file, for the budget solver alone.
 
     Weights of convolutions and linear layers take a byte, and per output channel what
@@ -134,10 +184,11 @@ def quantised(architecture: Architecture, *, integer: bool) -> Architecture:
         architecture: Of the float32 model; `overhead_bytes` is to be measured anew.
         integer: Whether the file runs on integers throughout (`all_integer`). If not, every
             activation is counted with four bytes, and one more for a quantised copy.
+        floats: Names of the weights that stay float32 (`float_weights`).
     """
     tensors: list[TensorSpec] = []
     for spec in architecture.tensors:
-        if not spec.positions or not spec.artifact_bytes:
+        if not spec.positions or not spec.artifact_bytes or spec.name in floats:
             tensors.append(spec)
             continue
         copies = spec.artifact_bytes // FLOAT_BYTES
@@ -198,6 +249,27 @@ def _drop_identity(graph: onnx.GraphProto, y: str) -> None:
     _rename(graph.node, {source: y})
 
 
+def _store_views(graph: onnx.GraphProto) -> None:
+    """Compute what only cuts, turns or reshapes stored tensors, and store that.
+
+    The integer kernels want their weights and biases stored; products of weights are left to the
+    runtime, since they may have many more numbers than their factors.
+    """
+    stored = {t.name: t for t in graph.initializer}
+    kept = []
+    for node in graph.node:
+        given = [name for name in node.input if name]
+        if node.op_type not in PIECES or not stored.keys() >= set(given):
+            kept.append(node)
+            continue
+        feeds = {name: numpy_helper.to_array(stored[name]) for name in given}
+        for name, value in zip(node.output, ReferenceEvaluator(node).run(None, feeds), strict=True):
+            stored[name] = numpy_helper.from_array(value, name)
+            graph.initializer.append(stored[name])
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
 def _rename(nodes: Sequence[onnx.NodeProto], names: Mapping[str, str]) -> None:
     for node in nodes:
         node.input[:] = [names.get(name, name) for name in node.input]
@@ -230,11 +302,11 @@ def _clamp(node: onnx.NodeProto, constants: Constants) -> tuple[float, float]:
     return bounds[0], bounds[1]
 
 
-def _keep_float(graph: onnx.GraphProto, y: str) -> None:
+def _keep_float(graph: onnx.GraphProto, y: str, clamped: Collection[str]) -> None:
     """Take away roundings that no integer kernel needs.
 
     They are of what a linear layer makes for float operators alone, or for the output: its kernel
-    can as well write float32.
+    can as well write float32. Those of `clamped` values stay: they are all that is left of a clamp.
     """
     makers = {name: node for node in graph.node for name in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
@@ -250,6 +322,8 @@ def _keep_float(graph: onnx.GraphProto, y: str) -> None:
         source = makers.get(into.input[0])
         back, result = node.output[0], into.input[0]
         if source is None or source.op_type not in PRODUCTS or len(readers[into.output[0]]) > 1:
+            continue
+        if result in clamped:
             continue
         if any(id(reader) in integer for reader in readers.get(back, ())):
             continue

@@ -137,7 +137,8 @@ class Rounds(RoundPlanning):
             if trained:
                 model, _ = remask(architecture, model, scores, model.shapes)
             self.cutting.start(model)
-            self.model = self.cutting.prune_weights(model, 0, before=model, criterion=first)
+            by = first if trained else None
+            self.model = self.cutting.prune_weights(model, 0, before=model, criterion=by)
             self._begin()
             self._registry.save_mask(self._mask(0), self._snapshot(0))
             return

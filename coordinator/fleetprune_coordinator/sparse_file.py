@@ -13,7 +13,7 @@ is written in the shorter of two forms:
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,10 +21,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from fleetprune.patterns import SINGLE, Pattern
+from fleetprune.weight_masks import LONGEST_GAP, decoder_bytes
 
-LEAST_BYTES: Final = 1024
-"""A weight that takes no more is left as it is."""
-LONGEST: Final = 255
 _INT32, _INT64 = onnx.TensorProto.INT32, onnx.TensorProto.INT64
 
 
@@ -46,7 +44,7 @@ def pack(model: bytes, pattern: Pattern = SINGLE) -> bytes:
     nodes: list[onnx.NodeProto] = []
     for i, tensor in enumerate(graph.initializer):
         array = numpy_helper.to_array(tensor)
-        packed = _shortest(array, pattern) if array.nbytes > LEAST_BYTES else None
+        packed = _shortest(array, pattern)
         if packed is None:
             kept.append(tensor)
             continue
@@ -79,8 +77,9 @@ class _Packed:
 
     @property
     def nbytes(self) -> int:
+        """Most bytes of a file that it takes."""
         where = -(-self.marks.size // 8) if self.skips is None else self.skips.size
-        return where + self.values.nbytes
+        return decoder_bytes(self.rows * self.columns) + where + self.values.nbytes
 
 
 def _shortest(array: NDArray[Any], pattern: Pattern) -> _Packed | None:
@@ -95,7 +94,7 @@ def _shortest(array: NDArray[Any], pattern: Pattern) -> _Packed | None:
             continue
         forms += _forms(array, rows, columns)
     best = min(forms, key=lambda form: form.nbytes)
-    return best if best.nbytes + LEAST_BYTES // 2 < array.nbytes else None
+    return best if best.nbytes < array.nbytes else None
 
 
 def _forms(array: NDArray[Any], rows: int, columns: int) -> Iterator[_Packed]:
@@ -105,10 +104,10 @@ def _forms(array: NDArray[Any], rows: int, columns: int) -> Iterator[_Packed]:
     yield _Packed(rows, columns, marks, None, np.concatenate([np.zeros_like(blocks[:1]), stored]))
     places = np.flatnonzero(marks)
     gaps = np.diff(places, prepend=0)
-    between = np.maximum(gaps - 1, 0) // LONGEST
+    between = np.maximum(gaps - 1, 0) // LONGEST_GAP
     ends = np.cumsum(between + 1) - 1
-    skips = np.full(places.size + int(between.sum()), LONGEST, np.uint8)
-    skips[ends] = gaps - between * LONGEST
+    skips = np.full(places.size + int(between.sum()), LONGEST_GAP, np.uint8)
+    skips[ends] = gaps - between * LONGEST_GAP
     values = np.zeros((skips.size, blocks.shape[1]), blocks.dtype)
     values[ends] = stored
     yield _Packed(rows, columns, marks, skips, values)

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetprune.budgets import Allocation, Budget
+from fleetprune.budgets import Allocation, Budget, Grid
 from fleetprune.costs import CostModel
 from fleetprune.errors import BudgetError
 from fleetprune.layout import Architecture, KeepCounts, Role, TensorSpec, tensor_index
@@ -63,15 +62,21 @@ class WeightPruning:
         """Of the weights that may be pruned."""
         return tuple(spec.name for spec in self._specs)
 
-    def check(self, name: str, budget: Budget, keep: KeepCounts) -> None:
-        """Refuse what cannot be done for a class with these keep counts.
+    def check(self, name: str, budget: Budget, keep: KeepCounts, grid: Grid) -> None:
+        """Refuse what cannot be done for a class.
+
+        Args:
+            name: Of the class.
+            budget: Of the class.
+            keep: Its units at the end.
+            grid: All the counts that it may have on the way there.
 
         Raises:
             BudgetError: The pattern does not divide a layer, or the class's bytes do not suffice.
         """
         if not self._specs:
             return
-        self._check_pattern(name, keep)
+        self._check_pattern(name, grid)
         if budget.flash_bytes is None:
             return
         pattern = self.rule.pattern
@@ -97,9 +102,7 @@ class WeightPruning:
             return self._costs.costs(keep).artifact_bytes
         pattern = self.rule.pattern
         return self._other_bytes(keep) + sum(
-            packed_bytes(pattern, pattern.marks(masks[n]), layer.item)
-            if n in masks
-            else layer.item * prod(layer.shape)
+            packed_bytes(pattern, pattern.marks(masks[n]), layer.item) if n in masks else layer.size
             for n, layer in self._layers(keep).items()
         )
 
@@ -142,12 +145,12 @@ class WeightPruning:
         )
 
     def _fewest(self, layer: Layer) -> NDArray[np.bool_]:
-        """Marks of a layer of which as little stays as the pattern allows."""
+        """Marks of a layer of which as little stays as the pattern allows, where it takes most."""
         pattern = self.rule.pattern
         if pattern.m:
             return pattern.best_of_each(np.zeros(layer.shape), pattern.n)
         marks = np.zeros(pattern.grid(layer.shape), np.bool_)
-        marks.flat[0] = True
+        marks.flat[-1] = True
         return marks
 
     def _layers(self, keep: KeepCounts) -> dict[str, Layer]:
@@ -158,18 +161,22 @@ class WeightPruning:
 
     def _other_bytes(self, keep: KeepCounts) -> int:
         """Bytes of a class's file beside its prunable weights."""
-        whole = sum(layer.item * prod(layer.shape) for layer in self._layers(keep).values())
+        whole = sum(layer.size for layer in self._layers(keep).values())
         return self._costs.costs(keep).artifact_bytes - whole + SHARED_BYTES
 
-    def _check_pattern(self, name: str, keep: KeepCounts) -> None:
-        pattern = self.rule.pattern
+    def _check_pattern(self, name: str, grid: Grid) -> None:
+        pattern, levels = self.rule.pattern, grid.levels
+        whole = {group: counts[-1] for group, counts in levels.items()}
         for spec in self._specs:
-            if (why := pattern.misfit(spec.shape(keep))) is not None:
-                layer = spec.name.rpartition(".")[0]
-                raise BudgetError(
-                    f"class {name}: layer {layer} has {why} (pattern {pattern}); name it in "
-                    "pruning.dense_layers, or set channel_multiple to a multiple of it"
-                )
+            # A size is a sum over groups: what divides it for each group alone divides it for all.
+            cut = [whole | {g: count} for g in sorted(spec.groups()) for count in levels[g][:-1]]
+            for keep in (whole, *cut):
+                if (why := pattern.misfit(spec.shape(keep))) is not None:
+                    layer = spec.name.rpartition(".")[0]
+                    raise BudgetError(
+                        f"class {name}: layer {layer} may have {why} (pattern {pattern}); name it "
+                        "in pruning.dense_layers, or set channel_multiple to a multiple of it"
+                    )
 
 
 SHARED_BYTES = 150

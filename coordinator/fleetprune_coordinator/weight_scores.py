@@ -74,7 +74,7 @@ class Changes:
         if self._criterion is Criterion.SENSITIVITY:
             return {n: weights.sensitivity(g) for n, g in known.items()}
         if self._criterion is Criterion.MOVEMENT:
-            # Masks take scores of at least 0; only their order within a layer is used.
+            # Masks take scores of at least 0: what shrank most of its layer has none.
             return {n: (m - m.min(initial=0.0)).astype(np.float32) for n, m in known.items()}
         return {n: by_both[self._criterion](params[n], g) for n, g in known.items()}
 
@@ -128,8 +128,27 @@ def weight_scores(
         found = flow(params)
         return {name: weights.synflow(params[name], found[name]) for name in names}
     if criterion is Criterion.WANDA:
-        return plain | {n: weights.wanda(params[n], norms[n]) for n in names if n in norms}
+        found = {n: weights.wanda(params[n], norms[n]) for n in names if n in norms}
+        return plain | {n: within_rows(scores) for n, scores in found.items()}
     return plain | (changes.scores(params) if changes.known else {})
+
+
+def within_rows(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scores that compare weights of one output alone, as Wanda does.
+
+    Args:
+        scores: (outputs, ...).
+
+    Returns:
+        Of the same shape: the share of its row that each weight is worth at least as much as (of
+        equal ones, the lower index more), so that all rows thin out alike.
+    """
+    rows = scores.reshape(scores.shape[0], -1)
+    order = np.argsort(-rows.astype(np.float64), axis=1, kind="stable")
+    shares = np.empty(rows.shape, np.float32)
+    falling = np.arange(rows.shape[1], 0, -1, dtype=np.float32) / np.float32(rows.shape[1])
+    np.put_along_axis(shares, order, np.broadcast_to(falling, rows.shape), axis=1)
+    return shares.reshape(scores.shape)
 
 
 def _by_chance(shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -21,7 +21,7 @@ from fleetprune.errors import ConfigError
 Loc = tuple[int | str, ...]
 
 GUIDE = "docs/bring-your-own.md"
-NAMED = 5  # missing keys that a refusal names
+NAMED = 5  # missing keys that a refusal names at most
 
 
 def _from_base(path: Path, info: ValidationInfo) -> Path:
@@ -42,22 +42,10 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
-def load_section(path: Path, root: type[S]) -> S:
-    """Read and check a configuration file.
-
-    Args:
-        path: The file.
-        root: What it must hold.
-
-    Returns:
-        The settings; their local paths are absolute.
-
-    Raises:
-        ConfigError: The file cannot be read or parsed, a key is unknown, missing or has a wrong
-            value; one line with the file and the key.
-    """
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a configuration file says, unchecked; ConfigError if it cannot be read or parsed."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(
             f"{path}: cannot be read: {e.strerror}; {GUIDE} says what such a file holds"
@@ -66,6 +54,24 @@ def load_section(path: Path, root: type[S]) -> S:
         raise ConfigError(f"{path}: byte {e.start} is not UTF-8") from e
     except tomllib.TOMLDecodeError as e:
         raise ConfigError(f"{path}: not TOML: {e}") from e
+
+
+def load_section(path: Path, root: type[S], data: Mapping[str, Any] | None = None) -> S:
+    """Read and check a configuration file.
+
+    Args:
+        path: The file.
+        root: What it must hold.
+        data: What it says, where `read_toml` has read it already.
+
+    Returns:
+        The settings; their local paths are absolute.
+
+    Raises:
+        ConfigError: The file cannot be read or parsed, a key is unknown, missing or has a wrong
+            value; one line with the file and the key.
+    """
+    data = read_toml(path) if data is None else data
     try:
         # As strict JSON: "8" is no number and 1 is no truth, but a list is a tuple.
         return root.model_validate_json(
@@ -78,7 +84,7 @@ def load_section(path: Path, root: type[S]) -> S:
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first thing that is wrong, in one line, with the nearest known key for an unknown one.
 
-    Where that is a key that is missing, all that are missing are named, if they are few.
+    Where that is a key that is missing, the others that are missing are named with it.
     """
     errors = error.errors(include_url=False, include_context=False)
     # An unknown key is often why another one is missing, so it comes first.
@@ -86,12 +92,11 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     loc = tuple(p for p in first["loc"] if p != "[key]")
     unknown = first["type"] == "extra_forbidden"
     section, shown = _follow(root, loc[:-1] if unknown else loc)
-    missing = [e for e in errors if e["type"] == "missing"]
-    together = first["type"] == "missing" and len(missing) <= NAMED
-    left = len(errors) - (len(missing) if together else 1)
+    missing = [e for e in errors if e["type"] == first["type"] == "missing"][:NAMED]
+    left = len(errors) - max(1, len(missing))
     more = f" (and {left} more)" if left else ""
-    if together:
-        names = [".".join(_follow(root, e["loc"])[1]) for e in missing]
+    if missing:
+        names = (".".join(_follow(root, e["loc"])[1]) for e in missing)
         return f"{', '.join(names)}: field required{more}"
     if unknown:
         where = ".".join((*shown, str(loc[-1])))
@@ -109,7 +114,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     message = message[:1].lower() + message[1:]
     got = first["input"]
     secret = "password" in where
-    if first["type"] != "missing" and not isinstance(got, Mapping) and not secret:
+    if not isinstance(got, Mapping) and not secret:
         message += f", got {json.dumps(got, default=str)}"
     return f"{where}: {message}{more}" if where else f"{message}{more}"
 

@@ -6,6 +6,7 @@ All blocks of all layers stand in one order; a class keeps as many of the first 
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,16 @@ from fleetprune.patterns import SINGLE, Pattern, Shape
 Weights = Mapping[str, NDArray[np.float32]]
 Masks = dict[str, NDArray[np.bool_]]
 
-DECODER_BYTES, BLOCK_BYTES = 380, 160
-"""Most bytes of a file that say how one pruned weight is unpacked (`sparse_file`), and how blocks
-are put in place."""
+DECODER_BYTES, BLOCK_BYTES = 380, 120
+"""Most bytes of a file that say how one pruned weight is unpacked, and how blocks are put in
+place."""
 LONGEST_GAP = 255
 """Blocks that one byte can skip."""
+
+
+def decoder_bytes(block: int) -> int:
+    """Most bytes of a file that say how a weight pruned in blocks of so many is unpacked."""
+    return DECODER_BYTES + BLOCK_BYTES * (block > 1)
 
 
 def packed_bytes(pattern: Pattern, marks: NDArray[np.bool_], item: int) -> int:
@@ -38,8 +44,7 @@ def packed_bytes(pattern: Pattern, marks: NDArray[np.bool_], item: int) -> int:
     # A file may hold a matrix as it is, or what multiplies from the other side.
     ways = [marks.ravel(), marks.T.ravel()] if marks.ndim == 2 else [marks.ravel()]
     skipped = max(kept + _fillers(way) for way in ways) * (1 + block)
-    decoder = DECODER_BYTES + BLOCK_BYTES * (pattern.block > 1)
-    return min(marks.size * block, decoder + min(marked, skipped))
+    return min(marks.size * block, decoder_bytes(pattern.block) + min(marked, skipped))
 
 
 def _fillers(marks: NDArray[np.bool_]) -> int:
@@ -55,6 +60,11 @@ class Layer:
     shape: Shape
     item: int
     """Bytes of one weight in the file."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all of them."""
+        return self.item * prod(self.shape)
 
 
 def solve_masks(
@@ -77,8 +87,8 @@ def solve_masks(
             layers by `lamp`.
 
     Returns:
-        By name, of the layers' shapes; at least one block of each layer stays. Ties go to the
-        lower index, and to the layer named first.
+        By name, of the layers' shapes; at least one block of each layer stays, and all of a layer
+        of which fewer would save no byte. Ties go to the lower index, and to the layer named first.
 
     Raises:
         BudgetError: Not even one block of each layer fits, or scores are not as described.
@@ -87,19 +97,18 @@ def solve_masks(
     sizes = [pattern.blocks(layer.shape) for layer in layers.values()]
     ends = np.cumsum(sizes)[:-1]
 
-    def chosen(count: int) -> list[NDArray[np.bool_]]:
+    def chosen(count: int) -> list[tuple[NDArray[np.bool_], int]]:
+        """Marks of each layer's blocks, and its bytes."""
         keep = np.zeros(ranked.size, np.bool_)
         keep[ranked[:count]] = True
-        return [
-            part.reshape(pattern.grid(layer.shape))
+        parts = [
+            (part.reshape(pattern.grid(layer.shape)), layer.item)
             for part, layer in zip(np.split(keep, ends), layers.values(), strict=True)
         ]
+        return [(marks, packed_bytes(pattern, marks, item)) for marks, item in parts]
 
     def cost(count: int) -> int:
-        return sum(
-            packed_bytes(pattern, marks, layer.item)
-            for marks, layer in zip(chosen(count), layers.values(), strict=True)
-        )
+        return sum(size for _, size in chosen(count))
 
     least = len(sizes)
     if cost(least) > limit:
@@ -108,7 +117,10 @@ def solve_masks(
             f"{cost(least)}: raise flash_bytes"
         )
     count = bisect_right(range(least, ranked.size + 1), limit, key=cost) + least - 1
-    return {name: pattern.spread(marks) for name, marks in zip(layers, chosen(count), strict=True)}
+    return {
+        name: pattern.spread(marks if size < layer.size else np.ones_like(marks))
+        for (name, layer), (marks, size) in zip(layers.items(), chosen(count), strict=True)
+    }
 
 
 def _ranked(
@@ -142,9 +154,9 @@ def checked(name: str, values: NDArray[Any], shape: Shape) -> NDArray[Any]:
 def lamp(worth: NDArray[np.float64]) -> NDArray[np.float64]:
     """How much of what is left of its layer each block is: comparable over layers.
 
-    `s_i² / sum of s_j² over all j worth no more than i` (Lee et al., "Layer-Adaptive Sparsity for
-    the Magnitude-Based Pruning", ICLR 2021, with `|w|` for `s`). The best of a layer has at most
-    1, so that none is emptied.
+    `s_i² / sum of s_j² over all j worth at least as much as i` (Lee et al., "Layer-Adaptive
+    Sparsity for the Magnitude-Based Pruning", ICLR 2021, with `|w|` for `s`). The best of a layer
+    has 1, so that none is emptied.
 
     Args:
         worth: (n,) finite, not negative.
@@ -155,7 +167,7 @@ def lamp(worth: NDArray[np.float64]) -> NDArray[np.float64]:
     order = np.argsort(-worth, kind="stable")
     top = float(worth.max(initial=0.0)) or 1.0
     squares = np.square(worth[order] / top)
-    left = np.cumsum(squares[::-1])[::-1]
+    left = np.cumsum(squares)
     shares = np.divide(squares, left, out=np.zeros_like(squares), where=left > 0)
     out: NDArray[np.float64] = np.empty_like(shares)
     out[order] = shares

@@ -179,13 +179,16 @@ class Shelf:
         self.blobs[f"targets/graphs/{sha256}.{sha256}.onnx"] = onnx
         return GraphRef(target=f"graphs/{sha256}.onnx", sha256=sha256)
 
-    def add_model(self, params, stats, *, mask_version: int = 1, round_: int = 0) -> Blob:
+    def add_model(
+        self, params, stats, *, mask_version: int = 1, round_: int = 0, support=None
+    ) -> Blob:
         data = encode_model(
             mask_version,
             round_,
             np.asarray(params, np.float32),
             np.asarray(stats, np.float32),
             Codec.FP32,
+            support=None if support is None else np.asarray(support, np.bool_),
         )
         sha256 = hashlib.sha256(data).hexdigest()
         self.blobs[f"blobs/{sha256}"] = data

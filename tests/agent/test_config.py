@@ -99,9 +99,12 @@ def test_one_clear_line(tmp_path, change, message):
 def test_unreadable_and_not_toml(tmp_path):
     missing = tmp_path / "none.toml"
     with pytest.raises(
-        ConfigError, match=rf"^{re.escape(str(missing))}: cannot be read: No such file or dir"
+        ConfigError,
+        match=rf"^{re.escape(str(missing))}: cannot be read: No such file or directory; "
+        r"docs/bring-your-own\.md says what such a file holds$",
     ):
         load_config(missing)
+    refused(tmp_path, "", "device, device_class, fleet, broker, root: field required (and 2 more)")
     refused(
         tmp_path,
         "device",

@@ -26,7 +26,7 @@ from fleetprune.errors import TransportError, TrustError, WireError
 from fleetprune.mqtt import Connection
 from fleetprune.topics import Topics
 from fleetprune_agent.transfer import MAX_PARTS, BlobClient
-from tests.brokers import restartable  # noqa: F401
+from tests.brokers import BACK_S, restartable  # noqa: F401
 
 BS = 1000
 DATA = random.Random(5).randbytes(30 * BS + 17)
@@ -313,7 +313,7 @@ def test_broker_killed_in_mid_transfer(tmp_path, restartable):  # noqa: F811
     assert (tmp_path / "x").read_bytes() == big
     assert set(served) == set(range(48))
     for connection in (coordinator, device):
-        connection.wait_connected(10)
+        connection.wait_connected(BACK_S)
     again = threading.Timer(0.15, restart)
     again.start()
     client.push("results/t", big)

@@ -7,17 +7,19 @@ from step_graphs import Shelf, observation, step, wrong_expectation
 
 from fleetprune.errors import DataError, GraphError, MessageError, TrustError, WireError
 from fleetprune.messages import Codec, Task, TaskKind
+from fleetprune.model_payload import decode_model
 from fleetprune.result import Result, decode_result
 from fleetprune.update import decode_update
-from fleetprune_agent.data import checked
+from fleetprune_agent.data import Batches, checked
 from fleetprune_agent.feedback import InMemory, OnDisk
 from fleetprune_agent.sessions import KEPT_FILES, Graphs
-from fleetprune_agent.trainer import StoppedError
+from fleetprune_agent.trainer import StoppedError, train
 from fleetprune_agent.worker import (
     FRAME_BYTES,
     Worker,
     WorkerSettings,
     as_loop_device,
+    holding,
     lossy,
     streams,
 )
@@ -81,7 +83,7 @@ def test_a_task_has_only_so_much_time(shelf, kind):
 def test_a_model_that_cannot_be_one_is_not_fetched(shelf):
     task = shelf.task("t1", [step()])
     huge = task.model_copy(update={"model": task.model.model_copy(update={"size": 2**32})})
-    most = 4 * (2 + 2) + FRAME_BYTES
+    most = 4 * (2 + 2) + 2 + FRAME_BYTES  # 2: which of its parameters are pruned
     with pytest.raises(WireError, match=f"^model of {2**32} bytes, expected at most {most}$"):
         worker(shelf).handle(huge)
     assert shelf.asked == [task.graphs[0].target]
@@ -160,6 +162,96 @@ def test_killed_around_the_commit(shelf, tmp_path, after_the_write):
     survivor = worker(shelf, OnDisk(path))
     assert answer(survivor.handle(one))[1] == [0, -2]
     assert answer(survivor.handle(two))[1] == [-2, 0]
+
+
+# ---- pruned weights
+
+
+def pruned(shelf, name="t1", *, kept=(False, True), version=1, **fields):
+    """A training task on a model of which some weights are pruned."""
+    model = shelf.add_model([1, 2], [4, 8], mask_version=version, support=kept)
+    return shelf.task(name, [step()], model=model, mask_version=version, **fields)
+
+
+def sent(frame, size, version=1):
+    return (
+        decode_update(decode_result(frame).update, mask_version=version, size=size).dense().tolist()
+    )
+
+
+def test_an_update_has_the_weights_that_are_left_and_no_others(shelf):
+    assert sent(worker(shelf).handle(pruned(shelf)), 1) == [-2]
+    assert sent(worker(shelf).handle(pruned(shelf, kept=(True, False))), 1) == [-1]
+    assert sent(worker(shelf).handle(pruned(shelf, kept=(True, True))), 2) == [-1, -2]
+    assert sent(worker(shelf).handle(pruned(shelf, kept=(False, False))), 0) == []
+
+
+def test_pruned_weights_stay_at_zero_after_every_step_of_training(shelf):
+    """Momentum and the pull towards the start push on them; neither moves them."""
+    seen = []
+    hold = holding(np.array([False, True]))
+
+    def after_step(state):
+        hold(state)
+        seen.append((state["params"].tolist(), state["momentum"].tolist()))
+
+    task = pruned(shelf, proximal=0.5)
+    payload = decode_model(shelf.model(task.model), parameters=2, statistics=2)
+    assert payload.params.tolist() == [0, 2]
+    graph = Graphs().get(task.graphs[0], shelf.graph)
+    data = samples()
+    trained = train(
+        [graph.session],
+        payload,
+        Batches(data.x, data.y, 3, np.random.default_rng(0)),
+        epochs=2,
+        max_steps=0,
+        learning_rate=0.5,
+        proximal=0.5,
+        after_step=after_step,
+    )
+    assert len(seen) == trained.steps == 4
+    assert all(params[0] == momentum[0] == 0 for params, momentum in seen)
+    assert all(params[1] != 2 and momentum[1] > 0 for params, momentum in seen)
+    assert trained.params[0] == 0
+
+
+def test_holding_by_hand():
+    state = {
+        "params": np.float32([1, 2, 3]),
+        "momentum": np.float32([4, 5, 6]),
+        "stats": np.ones(2),
+    }
+    holding(np.array([True, False, True]))(state)
+    assert state["params"].tolist() == [1, 0, 3]
+    assert state["momentum"].tolist() == [4, 0, 6]
+    assert state["stats"].tolist() == [1, 1]
+
+
+def test_what_is_left_out_of_pruned_updates_is_sent_later_and_flushed_with_the_mask(shelf):
+    w = worker(shelf)
+    task = pruned(shelf, kept=(True, True), top_k=0.5)
+    assert sent(w.handle(task), 2) == [0, -2]
+    assert w._answers.load().residual.tolist() == [-1, 0]
+    again = pruned(shelf, "t2", kept=(True, True), top_k=0.5)
+    assert sent(w.handle(again), 2) == [-2, 0]
+    # A new mask, as many weights as before or fewer: nothing of the old one is added.
+    assert sent(w.handle(pruned(shelf, "t3", kept=(True, True), version=2)), 2, 2) == [-1, -2]
+    assert sent(w.handle(pruned(shelf, "t4", kept=(True, True), version=3, top_k=0.5)), 2, 3) == [
+        0,
+        -2,
+    ]
+    assert sent(w.handle(pruned(shelf, "t5", version=4)), 1, 4) == [-2]
+    # Even a coordinator that forgets to count its masks up cannot mix what has another length.
+    w.handle(pruned(shelf, "t6", kept=(True, True), version=5, top_k=0.5))
+    assert sent(w.handle(pruned(shelf, "t7", version=5)), 1, 5) == [-2]
+
+
+def test_a_look_sees_the_pruned_model(shelf):
+    look = shelf.add_graph(observation()).model_dump(by_alias=True)
+    frame = worker(shelf).handle(pruned(shelf, look=look))
+    assert sent(frame, 1) == [-2]
+    assert decode_result(frame).vectors["sumsq"].tolist() == [2]
 
 
 def test_observing_in_the_head_and_without_labels(shelf):

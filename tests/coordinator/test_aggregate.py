@@ -56,6 +56,44 @@ def test_each_element_is_divided_by_the_weight_that_covers_it() -> None:
     assert coverage["w"].tolist() == [4, 1, 1, 0]
 
 
+def test_what_a_class_has_pruned_is_averaged_over_the_others() -> None:
+    supports = {"phone": np.array([True, False, True])}
+    aggregate = Aggregate(vector(4), {"phone": {"g": 3}, "hub": {"g": 2}}, supports)
+    assert (aggregate.size("phone"), aggregate.size("hub")) == (2, 2)
+    aggregate.add("phone", f32(4, 6), 1)  # its first and third
+    aggregate.add("hub", f32(8, 9), 3)
+    deltas, coverage = aggregate.result()
+    # (1*4 + 3*8) / 4; the hub alone; the phone alone; nobody.
+    assert deltas["w"].tolist() == [7, 9, 6, 0]
+    assert coverage["w"].tolist() == [4, 3, 1, 0]
+
+
+def test_what_every_class_has_pruned_keeps_its_value() -> None:
+    supports = {"phone": np.array([True, False]), "hub": np.array([True, False])}
+    aggregate = Aggregate(vector(2), {"phone": {"g": 2}, "hub": {"g": 2}}, supports)
+    aggregate.add("phone", f32(4), 1)
+    aggregate.add("hub", f32(8), 1)
+    deltas, coverage = aggregate.result()
+    assert deltas["w"].tolist() == [6, 0]
+    assert coverage["w"].tolist() == [2, 0]
+
+
+def test_an_update_is_as_long_as_what_is_left() -> None:
+    aggregate = Aggregate(vector(3), {"phone": {"g": 3}}, {"phone": np.array([True, False, True])})
+    assert aggregate.full("phone", f32(4, 6)).tolist() == [4, 0, 6]
+    for wrong in (f32(4), f32(4, 5, 6), f32(), np.ones((2, 1), np.float32)):
+        for refused in (
+            lambda update: aggregate.add("phone", update, 1),
+            lambda update: aggregate.full("phone", update),
+        ):
+            with pytest.raises(WireError) as e:
+                refused(wrong)
+            assert str(e.value) == f"update of phone of shape {wrong.shape}, expected (2,)"
+    with pytest.raises(WireError, match=r"^update of phone: element 1 is not finite$"):
+        aggregate.add("phone", f32(1, np.nan), 1)
+    assert aggregate.result()[1]["w"].tolist() == [0, 0, 0]  # and no trace of it
+
+
 def test_result_is_a_look_and_more_can_follow() -> None:
     aggregate = Aggregate(vector(1), {"all": {"g": 1}})
     assert aggregate.result()[0]["w"].tolist() == [0]
@@ -104,6 +142,28 @@ def updates(reports: list[tuple[str, int, float]]) -> list[tuple[str, np.ndarray
             (shape, np.random.default_rng(seed).normal(size=size).astype(np.float32), weight)
         )
     return made
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4),
+    st.integers(0, 2**32 - 1),
+)
+def test_any_supports_equal_brute_force(supports, seed) -> None:
+    rng = np.random.default_rng(seed)
+    marks = {f"c{i}": np.array(s) for i, s in enumerate(supports)}
+    aggregate = Aggregate(vector(5), {name: {"g": 5} for name in marks}, marks)
+    total, weights = np.zeros(5), np.zeros(5)
+    for name, kept in marks.items():
+        weight = float(rng.integers(1, 9))
+        change = rng.integers(-9, 9, int(kept.sum())).astype(np.float32)
+        aggregate.add(name, change, weight)
+        total[kept] += weight * change
+        weights[kept] += weight
+    deltas, coverage = aggregate.result()
+    mean = np.divide(total, weights, out=np.zeros(5), where=weights > 0)
+    assert deltas["w"].tolist() == mean.astype(np.float32).tolist()
+    assert coverage["w"].tolist() == weights.tolist()
 
 
 @settings(max_examples=60, deadline=None)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fleetprune.budgets import Allocation, Budget
+from fleetprune.config_file import Section, load_section
 from fleetprune.costs import Costs
 from fleetprune.criteria import Criterion
 from fleetprune.errors import ConfigError
@@ -204,8 +205,9 @@ def test_budgets_are_absolute_or_shares_of_the_dense_model(tmp_path: Path) -> No
         (
             "classes = 10",
             "classes = 10\n[pruning]\nxyz = 1",
-            "pruning.xyz: unknown key, expected one of allocation, channel_multiple, exclude, "
-            "floor, int8, int8_loss, minimum, multiple",
+            "pruning.xyz: unknown key, expected one of allocation, channel_multiple, dense_layers, "
+            "exclude, floor, granularity, int8, int8_loss, minimum, multiple, pattern, "
+            "weight_allocation",
         ),
         (
             "classes = 10",
@@ -325,7 +327,9 @@ def test_a_class_name_is_a_topic_level(tmp_path: Path) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     missing = tmp_path / "none.toml"
     with pytest.raises(
-        ConfigError, match=rf"^{re.escape(str(missing))}: cannot be read: No such file"
+        ConfigError,
+        match=rf"^{re.escape(str(missing))}: cannot be read: No such file or directory; "
+        r"docs/bring-your-own\.md says what such a file holds$",
     ):
         load_fleet_config(missing)
     assert refusal(tmp_path, "fleet =").startswith("not TOML: Invalid value")
@@ -333,6 +337,36 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     path.write_bytes(b'a = "\xff"')
     with pytest.raises(ConfigError, match=r": byte 5 is not UTF-8$"):
         load_fleet_config(path)
+
+
+def test_what_is_missing_is_named_together(tmp_path: Path) -> None:
+    assert refusal(tmp_path, "") == "fleet, model, classes: field required"
+    assert refusal(tmp_path, 'fleet = "f"\n[model]\n[classes.a]') == (
+        "model.factory, model.input_shape: field required"
+    )
+    wrong = "fleet = 7\n[classes.a]\nmacs_share = 2"
+    assert refusal(tmp_path, wrong) == "fleet: input should be a valid string, got 7 (and 2 more)"
+    assert refusal(tmp_path, "[classes.a]\nmacs_share = 2") == (
+        "fleet, model: field required (and 1 more)"
+    )
+
+
+def test_what_is_missing_is_counted_where_it_is_much(tmp_path: Path) -> None:
+    class Many(Section):
+        a: int
+        b: int
+        c: int
+        d: int
+        e: int
+        f: int
+
+    path = tmp_path / "many.toml"
+    path.write_text("f = 1")
+    with pytest.raises(ConfigError, match=r": a, b, c, d, e: field required$"):
+        load_section(path, Many)
+    path.write_text("")
+    with pytest.raises(ConfigError, match=r": a, b, c, d, e: field required \(and 1 more\)$"):
+        load_section(path, Many)
 
 
 def test_the_users_module_is_found_beside_the_file(tmp_path: Path) -> None:

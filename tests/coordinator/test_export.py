@@ -95,8 +95,52 @@ def test_a_state_dict_and_the_network_that_it_is_of(fleet, tmp_path):
         "labels": ["a", "b", "c"],
         "device_class": "meter",
         "keep": {"0": model[0].out_channels, "3": model[3].out_channels},
+        "exclude": [],
     }
     assert model[0].out_channels < 24
+
+
+RECURRENT = """\
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before, self.rnn = nn.Linear(5, 6), nn.LSTM(6, 4, batch_first=True)
+        self.after, self.fc = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.after(self.rnn(self.before(x))[0][:, -1])))
+"""
+
+
+def test_an_excluded_layer_that_cannot_be_traced_is_whole_in_every_file(tmp_path):
+    (tmp_path / "recurrent_nets.py").write_text(RECURRENT)
+    text = (
+        FLEET.replace("exported_nets:net", "recurrent_nets:Net")
+        .replace("arguments = { wide = 24 }\n", "")
+        .replace("[2, 8, 8]", "[7, 5]")
+        .replace("channel_multiple = 4", 'channel_multiple = 2\nexclude = ["rnn"]')
+        .replace("macs_share = 0.25", "macs_share = 0.98")
+    )
+    (tmp_path / "fleet.toml").write_text(text)
+    config = load_fleet_config(tmp_path / "fleet.toml")
+    init_repository(config.state / RELEASES, datetime.now(UTC))
+    with Coordinator(config, time.time, EventLog(None, time.time)) as coordinator:
+        assert coordinator.architecture.groups == {"after": 8}
+        released = coordinator.release()
+    x = np.random.default_rng(0).normal(size=(5, 7, 5)).astype(np.float32)
+    expected = predict(released["meter"].artifact.onnx, x)
+    (onnx,) = export(config, "meter", Format.ONNX, tmp_path / "meter.onnx")
+    assert apart(predict(onnx.path.read_bytes(), x), expected) < 1e-5
+    (state,) = export(config, "meter", Format.STATE_DICT, tmp_path / "meter.pt")
+    assert json.loads(described_by(state.path).read_text())["exclude"] == ["rnn"]
+    model = load(state.path, config.folder)
+    assert (model.rnn.hidden_size, model.after.out_features < 8) == (4, True)
+    with torch.no_grad():
+        assert apart(model(torch.tensor(x)), expected) < 1e-5
 
 
 def test_a_torch_export_program(fleet, tmp_path):

@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from fleetprune.layout import Architecture, Role, Segment, TensorSpec
-from fleetprune_coordinator.fleet_model import initial_model, remask
+from fleetprune_coordinator.fleet_model import initial_model, remask, restored, support_arrays
+from fleetprune_coordinator.records import MaskRecord
+from fleetprune_coordinator.snapshot import Snapshot
 
 
 def one(units, group=None):
@@ -99,3 +103,62 @@ def test_a_unit_new_to_a_class_brings_the_wider_class_statistics(model):
     assert after.stats["narrow"]["bn.running_var"].tolist() == [5, 1]
     # the wide class keeps its own figures for all units
     assert after.stats["wide"]["bn.running_mean"].tolist() == [0, 3, 2, 1]
+
+
+# ---- single weights
+
+
+@pytest.fixture
+def pruned(model):
+    """The narrow class has pruned the first of its two outer weights."""
+    return replace(model, supports={"narrow": {"out.weight": np.array([[False, True]])}})
+
+
+def test_pruned_weights_are_zero_for_their_class_alone(pruned):
+    assert pruned.vectors(NORMED, "narrow")[0].tolist() == [0, 1, 0, 11]
+    assert pruned.vectors(NORMED, "wide")[0].tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+    assert pruned.params["out.weight"].tolist() == [[10, 11, 12, 13]]  # nothing is forgotten
+
+
+def test_what_is_left_of_a_class_end_to_end(pruned):
+    support = pruned.support(NORMED, "narrow")
+    assert support.tolist() == [True, True, False, True]
+    assert pruned.support(NORMED, "wide") is None
+    assert pruned.parameters(NORMED, "narrow") == 3
+    assert pruned.parameters(NORMED, "wide") == 8
+
+
+def test_dense_has_zeros_where_a_class_has_none(pruned):
+    dense = pruned.dense(NORMED, "narrow")
+    assert dense["out.weight"].tolist() == [[0, 11, 12, 13]]  # beyond its units, as they are
+    assert dense["in.weight"] is pruned.params["in.weight"]
+    assert pruned.dense(NORMED, "wide")["out.weight"] is pruned.params["out.weight"]
+
+
+def test_a_new_order_of_units_prunes_no_weights_of_the_old_one(pruned):
+    after, _ = remask(NORMED, pruned, scores(0, 1, 2, 3), SHAPES)
+    assert after.supports == {}
+    same, _ = remask(NORMED, pruned, scores(8, 9, 1, 2), SHAPES)
+    assert same is pruned
+
+
+def test_a_snapshot_brings_back_what_is_left(pruned):
+    held = Snapshot(
+        round=3,
+        mask_version=pruned.mask_version,
+        params=pruned.params,
+        stats=pruned.stats,
+        extra={"calibrated": np.array([False]), **support_arrays(pruned)},
+    )
+    mask = MaskRecord(pruned.mask_version, 3, pruned.origin, pruned.shapes)
+    again = restored(Snapshot.from_bytes(held.to_bytes()), mask)
+    assert again.supports.keys() == {"narrow"}
+    assert again.supports["narrow"].keys() == {"out.weight"}
+    assert again.supports["narrow"]["out.weight"].dtype == np.bool_
+    for name in SHAPES:
+        for one, other in zip(
+            again.vectors(NORMED, name), pruned.vectors(NORMED, name), strict=True
+        ):
+            assert one.tobytes() == other.tobytes()
+    whole = restored(Snapshot.from_bytes(replace(held, extra={}).to_bytes()), mask)
+    assert whole.supports == {}

@@ -9,7 +9,7 @@ from fleetprune.mqtt import Connection, packet_size
 from fleetprune.retry import Backoff
 from fleetprune_coordinator import hub as hub_module
 from fleetprune_coordinator.hub import Hub
-from tests.brokers import broker, restartable  # noqa: F401
+from tests.brokers import BACK_S, broker, restartable  # noqa: F401
 from tests.coordinator.fleet_fakes import MODEL, FakeDevice, MemoryStore, task
 
 WAIT_S = 10.0
@@ -236,7 +236,7 @@ def test_round_survives_a_killed_broker(restartable, tmp_path):  # noqa: F811
         hub.announce(todo, MODEL)
         time.sleep(0.2)
         restartable.start()
-        until(lambda: store.results, 20)
+        until(lambda: store.results, BACK_S)
 
 
 def test_traffic_is_counted_in_mqtt_packets(broker, fleet, tmp_path):  # noqa: F811

@@ -1,8 +1,11 @@
 """Which operators run on integers: what is chosen, and what a quantised file really gives."""
 
+import pytest
 from onnx import helper
 
-from fleetprune_coordinator.integer_kernels import choose, depends, integers
+from fleetprune_coordinator.integer_kernels import choose, depends, integers, left_in_float
+
+STORED = {"w", "b", "k"}
 
 
 def node(kind, inputs, outputs):
@@ -10,7 +13,7 @@ def node(kind, inputs, outputs):
 
 
 def chosen(*nodes, outputs=("y",)):
-    choice = choose(nodes, "x", outputs)
+    choice = choose(nodes, "x", outputs, STORED)
     return [nodes[i].op_type for i in choice.nodes], list(choice.tensors)
 
 
@@ -46,6 +49,29 @@ def test_a_view_needs_no_range_of_its_own():
 def test_a_product_of_two_activations_stays_a_float_operator():
     nodes = [node("MatMul", "x w", "a"), node("MatMul", "a x", "y")]
     assert chosen(*nodes) == (["MatMul"], ["x", "a"])
+
+
+COMPUTED = [
+    ([node("MatMul", "v w", "p"), node("Gemm", "x p b", "y")], "Gemm (its weight is computed)"),
+    ([node("Split", "b", "p q"), node("Gemm", "x w q", "y")], "Gemm (its bias is computed)"),
+    ([node("MatMul", "w x", "y")], "MatMul (its weight is on the left)"),
+    ([node("ConvTranspose", "x w b", "y")], "ConvTranspose (onnxruntime has no integer kernel)"),
+]
+
+
+@pytest.mark.parametrize(("nodes", "what"), COMPUTED)
+def test_what_no_kernel_can_run_stays_float_and_is_said(nodes, what):
+    nodes = [*nodes, node("Gemm", "y w b", "z"), node("MatMul", "z z", "s")]
+    assert chosen(*nodes, outputs=["s"]) == (["Gemm"], ["x", "y", "z"])
+    assert left_in_float(nodes, "x", STORED) == f"1 of 2 layers stay in float32: 1 {what}"
+    assert left_in_float([*nodes, *nodes[:-2]], "x", STORED) == (
+        f"2 of 3 layers stay in float32: 2 {what}"
+    )
+
+
+def test_nothing_is_said_where_all_run_on_integers():
+    nodes = [node("Conv", "x w", "c"), node("Gemm", "c w b", "y")]
+    assert left_in_float(nodes, "x", STORED) == ""
 
 
 def test_shapes_do_not_depend_on_the_sample():

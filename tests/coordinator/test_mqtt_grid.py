@@ -15,7 +15,7 @@ from fleetprune_coordinator.flower_messages import (
 )
 from fleetprune_coordinator.hub import Hub
 from fleetprune_coordinator.mqtt_grid import MqttGrid
-from tests.brokers import broker, restartable  # noqa: F401
+from tests.brokers import BACK_S, broker, restartable  # noqa: F401
 from tests.coordinator.fleet_fakes import MODEL, FakeDevice, MemoryStore, task
 
 NODES = {"d1": 101, "d2": 102, "d3": 103}
@@ -219,7 +219,7 @@ def test_a_round_goes_on_after_the_broker_was_killed(restartable, tmp_path):  # 
     store = MemoryStore()
     with Site(restartable.settings, tmp_path, "f", store) as site:
         site.device("d1")
-        replies = site.grid.send_and_receive(messages(store, task("t1")), timeout=20)
+        replies = site.grid.send_and_receive(messages(store, task("t1")), timeout=BACK_S)
         restartable.kill()
         time.sleep(0.2)
         restartable.start()

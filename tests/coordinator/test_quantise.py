@@ -10,16 +10,22 @@ import onnxruntime as ort
 import prunable_nets as nets
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from torch import nn
 
 from fleetprune.costs import costs
 from fleetprune.errors import GraphError
-from fleetprune_coordinator.artifacts import predict
+from fleetprune_coordinator.artifacts import Artifact, golden, predict
 from fleetprune_coordinator.graphs import export_infer
-from fleetprune_coordinator.int8 import planned
+from fleetprune_coordinator.int8 import choose_file, planned
 from fleetprune_coordinator.onnx_costs import SLACK_BYTES, file_costs
-from fleetprune_coordinator.quantise import all_integer, no_ranges, quantise
+from fleetprune_coordinator.quantise import (
+    all_integer,
+    float_layers,
+    no_ranges,
+    prepared,
+    quantise,
+)
 from fleetprune_coordinator.resize import resize
 from fleetprune_coordinator.selfcheck import randomised
 from fleetprune_coordinator.tracing import trace
@@ -86,6 +92,61 @@ def check_bounds(model, shape):
 def test_solvers_figures_bound_the_files_of_small_nets(net):
     model, example = nets.make(net)
     check_bounds(model, tuple(example.shape[1:]))
+
+
+PARTLY = {
+    nets.transposed: "2 of 4 layers stay in float32: 2 ConvTranspose (onnxruntime has no integer "
+    "kernel)",
+    nets.low_rank: "1 of 3 layers stay in float32: 1 Gemm (its weight is computed)",
+    nets.attention_across: "",
+    nets.mixer: "",
+}
+"""Nets whose weights are turned, cut out of others, computed, or of layers without a kernel, and
+what is said of those that stay in float32."""
+
+
+@pytest.mark.parametrize("net", PARTLY)
+def test_what_can_be_quantised_is_and_the_rest_counts_as_float(net):
+    model, example = nets.make(net)
+    shape = tuple(example.shape[1:])
+    file = check_bounds(model, shape)
+    assert not all_integer(file)
+    assert float_layers(exported(model, shape)) == PARTLY[net]
+    assert what_onnxruntime_runs(file)["QGemm"] > 0
+
+
+@pytest.mark.parametrize("net", [n for n in nets.ALL if n is not nets.efficientnet_lite0])
+def test_every_nets_quantised_file_computes_about_the_same(net):
+    model, example = nets.make(net)
+    file = exported(model, tuple(example.shape[1:]))
+    x = np.random.default_rng(0).normal(size=(8, *example.shape[1:])).astype(np.float32)
+    y = predict(file, x)
+    apart = np.abs(predict(quantise(file, ranges(file, x)), x) - y).max()
+    assert apart < 0.1 * max(np.ptp(y), 1.0)
+
+
+def ranges(file, x):
+    """The lowest and the highest values of a file's tensors."""
+    proto, choice = prepared(file)
+    del proto.graph.output[:]
+    for name in choice.tensors[1:]:
+        proto.graph.output.append(helper.make_tensor_value_info(name, 1, None))
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    values = [x, *session.run(list(choice.tensors[1:]), {"x": x})]
+    return np.array([(v.min(), v.max()) for v in values], np.float32)
+
+
+def test_a_file_that_is_partly_float_says_so_when_it_ships():
+    model, _ = nets.make(nets.low_rank)
+    file = exported(model, (5,))
+    x = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
+    made = Artifact(file, golden(x[:2], predict(file, x[:2])), file_costs(file), 1e-4, 0)
+    truth = predict(file, x).argmax(axis=1)
+    options = {"wanted": True, "fits": lambda made: True}
+    small, verdict = choose_file(made, ranges(file, x), x, truth, most_lost=1.0, **options)
+    assert (small.int8, verdict.int8, verdict.reason) == (True, True, PARTLY[nets.low_rank])
+    _, verdict = choose_file(made, ranges(file, x), x, None, most_lost=1.0, **options)
+    assert verdict.reason == PARTLY[nets.low_rank]
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -162,6 +223,22 @@ def test_a_clamp_keeps_its_limit_though_it_is_left_out():
     assert predict(file, np.array([[100.0], [2.0]], np.float32)).ravel() == pytest.approx(
         [6.0, 2.0], abs=0.25
     )
+
+
+def test_a_clamp_before_a_float_operator_is_not_lost():
+    """A linear layer can write float32 for it, but ReLU of -1 stays 0, and e to that is 1."""
+    net = nets.Wired(
+        lambda m, x: m.b(torch.exp(torch.relu(m.a(x)))), a=nn.Linear(1, 1), b=nn.Linear(1, 1)
+    )
+    with torch.no_grad():
+        for layer in (net.a, net.b):
+            layer.weight.fill_(1.0)
+            layer.bias.zero_()
+    file = exported(net, (1,))
+    assert len(no_ranges(file)) == 4  # x, what ReLU makes, what exp makes, and the output
+    file = quantise(file, np.array([[-1, 1], [0, 1], [0, 3], [0, 3]], np.float32))
+    y = predict(file, np.array([[-1.0], [1.0]], np.float32)).ravel()
+    assert y == pytest.approx([1.0, np.e], abs=0.05)
 
 
 def test_biases_that_are_alike_get_each_its_own_scale():

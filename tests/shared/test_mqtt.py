@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from fleetprune.errors import ConfigError, TransportError
 from fleetprune.mqtt import BrokerSettings, Connection, Phase, packet_size
-from tests.brokers import broker, restartable  # noqa: F401
+from tests.brokers import BACK_S, broker, restartable  # noqa: F401
 
 WAIT_S = 10.0
 
@@ -187,7 +187,7 @@ def test_reconnects_and_subscribes_again_after_the_broker_was_killed(restartable
         assert a.connection.publish("t", b"lost") is False
         until(lambda: a.connection.status.startswith("broker 127.0.0.1:"))
         restartable.start()
-        a.connection.wait_connected(WAIT_S)
+        a.connection.wait_connected(BACK_S)
         until(lambda: a.ups == 2)
         assert a.connection.publish("t", b"back")
         assert a.got.get(timeout=WAIT_S) == ("t", b"back")

@@ -138,6 +138,22 @@ def lower_inference(
     return outputs
 
 
+def inference_file(inference: Inference, example: torch.Tensor) -> bytes:
+    """A traced model as a file, not proved and without metadata.
+
+    Args:
+        inference: The model.
+        example: (n, *shape); shape and dtype count.
+
+    Raises:
+        NotLoweredError: An operator cannot be lowered.
+        GraphError: It returns several tensors.
+    """
+    writer = GraphWriter()
+    _write(writer, inference, example)
+    return writer.serialize({})
+
+
 def _write(writer: GraphWriter, inference: Inference, example: torch.Tensor) -> None:
     x = writer.input("x", ("n", *example.shape[1:]), dtype_name(example.dtype))
     values = {

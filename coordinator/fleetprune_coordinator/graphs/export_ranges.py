@@ -5,10 +5,11 @@ has every tensor that the file will have, and a histogram of each that is to run
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
+import onnx
 import torch
 from onnx import TensorProto
 from torch import fx, nn
@@ -19,16 +20,19 @@ from fleetprune_coordinator.graphs import verification as check
 from fleetprune_coordinator.graphs.export_infer import (
     Folding,
     Inference,
+    inference_file,
     lower_inference,
     trace_inference,
 )
 from fleetprune_coordinator.graphs.export_train import split_state
 from fleetprune_coordinator.graphs.lowering import NotLoweredError, dtype_name
+from fleetprune_coordinator.graphs.sample_axes import SAMPLES, blocks_before
 from fleetprune_coordinator.graphs.trace import explain, prepare, statistics
 from fleetprune_coordinator.graphs.types import Graph, finished
 from fleetprune_coordinator.graphs.values import Value
 from fleetprune_coordinator.graphs.writer import GraphWriter
-from fleetprune_coordinator.integer_kernels import choose
+from fleetprune_coordinator.integer_kernels import depends
+from fleetprune_coordinator.quantise import prepared
 from fleetprune_coordinator.selfcheck import randomised
 from fleetprune_coordinator.value_ranges import (
     BINS,
@@ -46,7 +50,7 @@ def export_ranges(model: nn.Module, example: torch.Tensor, *, batch: int) -> Gra
 
     Inputs: x (n, *shape) float32 for any n, sw (n,) float32, params (P,), and stats (S,) if the
     model has BatchNorm. Outputs: logits (n, classes); ranges (T * PER_TENSOR,), for each tensor
-    that `integer_kernels.choose` names in the inference graph, in its order, how many values have
+    that `quantise.prepared` chooses in the inference file, in its order, how many values have
     which magnitude, each counted sw times: `BINS` bins of values from 0 up, then as many of those
     below. Bin b holds magnitudes from 2**(LOWEST + b / PER_OCTAVE) up to the next one; the first
     also all that is smaller, the last all that is larger.
@@ -58,7 +62,7 @@ def export_ranges(model: nn.Module, example: torch.Tensor, *, batch: int) -> Gra
 
     Raises:
         GraphError: A layer cannot be lowered, the input is not float32, nothing can run on
-            integers, or the graph computes something else than torch.
+            integers, a tensor mixes samples, or the graph computes something else than torch.
     """
     if example.dtype != torch.float32:
         raise GraphError(f"ranges of a model whose input is {example.dtype}, expected float32")
@@ -68,7 +72,8 @@ def export_ranges(model: nn.Module, example: torch.Tensor, *, batch: int) -> Gra
     stats = statistics(twin)
     writer = GraphWriter()
     try:
-        tensors = _write(writer, trace_inference(twin, example), example, params, stats)
+        inference = trace_inference(twin, example)
+        tensors = _write(writer, inference, example, params, stats)
     except NotLoweredError as e:
         raise explain(e, model, example[:1]) from e
     meta = GraphMeta(
@@ -114,12 +119,37 @@ def _write(
         _fold(writer, folding, values)
     logits = lower_inference(writer, inference, x, values)
     writer.output(logits.plain or "", "logits", ("n", *logits.shape[1:]))
-    tensors = choose(writer.live_nodes(), x, [logits.plain or ""]).tensors
-    if len(tensors) < 2:  # the input alone
-        raise GraphError("the model has no operator that can run on integers")
-    counts = [_count(writer, name, sw) for name in tensors]
+    counted = _counted(writer.live_nodes(), x, inference, example)
+    counts = [_count(writer, name, sw, blocks) for name, blocks in counted]
     writer.output(writer.op("Concat", *counts, axis=0), "ranges", (len(counts) * PER_TENSOR,))
-    return len(tensors)
+    return len(counts)
+
+
+def _counted(
+    nodes: Sequence[onnx.NodeProto], x: str, inference: Inference, example: torch.Tensor
+) -> list[tuple[str, int]]:
+    """The tensors to count, by the names that they have here, and how their samples lie.
+
+    They are chosen in the file itself, which stores its weights; here they are computed from the
+    input. What depends on the samples is made by the same operators in the same order.
+    """
+    shipped, choice = prepared(inference_file(inference, example))
+    if len(choice.tensors) < 2:  # the input alone
+        raise GraphError("the model has no operator that can run on integers")
+    source = shipped.graph.input[0].name
+    theirs, ours = _made_of(shipped.graph.node, source), _made_of(nodes, x)
+    if [kind for _, kind in theirs] != [kind for _, kind in ours]:
+        raise GraphError("the graph that counts values has other operators than the file")
+    names = {source: x} | {a: b for (a, _), (b, _) in zip(theirs, ours, strict=True)}
+    samples = np.random.default_rng(0).normal(size=(SAMPLES, *example.shape[1:]))
+    blocks = blocks_before(shipped, choice.tensors, samples.astype(np.float32))
+    return [(names[name], at) for name, at in zip(choice.tensors, blocks, strict=True)]
+
+
+def _made_of(nodes: Sequence[onnx.NodeProto], x: str) -> list[tuple[str, str]]:
+    """Every value that depends on the input, with the operator that makes it, in order."""
+    inside = depends(nodes, x)
+    return [(name, n.op_type) for n in nodes for name in n.output if name in inside]
 
 
 def _fixed(tensor: torch.Tensor) -> Value:
@@ -148,11 +178,11 @@ def _fold(writer: GraphWriter, folding: Folding, values: dict[fx.Node, Value]) -
     values[folding.bias] = Value((shape[0],), plain=shift)
 
 
-def _count(writer: GraphWriter, name: str, sw: str) -> str:
-    """(PER_TENSOR,) histogram of a tensor whose leading axis runs over the samples."""
+def _count(writer: GraphWriter, name: str, sw: str, blocks: int) -> str:
+    """(PER_TENSOR,) histogram of a tensor that is (blocks, samples, rest) in memory."""
     op, one = writer.op, writer.ints(-1)
     samples = op("Shape", sw)
-    rows = op("Reshape", name, op("Concat", samples, one, axis=0))
+    rows = op("Reshape", name, op("Concat", writer.ints(blocks), samples, one, axis=0))
     size = op("Clip", op("Abs", rows), writer.scalar(2.0**LOWEST), writer.scalar(_LARGEST))
     octave = op("Mul", op("Log", size), writer.scalar(PER_OCTAVE / math.log(2)))
     place = op("Floor", op("Add", octave, writer.scalar(-LOWEST * PER_OCTAVE)))

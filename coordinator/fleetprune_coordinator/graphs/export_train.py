@@ -1,6 +1,7 @@
 """The training graph: forward, loss, backward, optimiser step, BatchNorm statistics."""
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from fleetprune.graphmeta import METADATA_KEY, GraphMeta, Verification
 from fleetprune_coordinator.graphs import verification as check
 from fleetprune_coordinator.graphs.losses import LOSSES, Loss
 from fleetprune_coordinator.graphs.lowering import Lowering, NotLoweredError, dtype_name
-from fleetprune_coordinator.graphs.trace import explain, prepare, trace
+from fleetprune_coordinator.graphs.trace import explain, is_batch_norm, prepare, trace
 from fleetprune_coordinator.graphs.training_step import TrainingStep, training_step
 from fleetprune_coordinator.graphs.types import Fixed, GateMember, Graph, Student, finished
 from fleetprune_coordinator.graphs.unit_scores import check_criterion, expected, lowered
@@ -94,6 +95,8 @@ def export_train_step(
     if unknown := sorted(set(frozen) - step.params.keys()):
         raise GraphError(f"frozen parameter {unknown[0]}: the model has no such parameter")
     x = example[:1].expand(batch, *example.shape[1:]).contiguous()
+    if batch == 1:
+        _check_norms(step.model, x)
     y = _targets(step.model, x, loss, target)
     writer = GraphWriter()
     try:
@@ -141,6 +144,24 @@ def export_train_step(
 def _check_block(block: int) -> None:
     if block not in (0, 8, 16):
         raise GraphError(f"block {block}, expected 0, 8 or 16")
+
+
+def _check_norms(model: nn.Module, x: torch.Tensor) -> None:
+    """GraphError if a BatchNorm would get a single number per channel, which has no spread."""
+
+    def refuse(name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs[0].numel() == inputs[0].shape[1]:
+            raise GraphError(
+                f"layer '{name}' ({type(module).__name__}): a batch of 1 gives it one number per "
+                "channel, which has no spread to divide by; set training.batch to at least 2"
+            )
+
+    twin = prepare(model)
+    for name, module in twin.named_modules():
+        if is_batch_norm(module) and module.training:
+            module.register_forward_pre_hook(partial(refuse, name))
+    with torch.no_grad():
+        twin(x)
 
 
 def _count(tensors: Mapping[str, torch.Tensor]) -> int:

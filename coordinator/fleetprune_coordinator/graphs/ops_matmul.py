@@ -16,6 +16,9 @@ _TRANSPOSES = (
 )
 
 
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
+
 def _matrix(low: Lowering, call: Call, index: int, value: Value) -> tuple[str, int]:
     """A factor's name, and 1 if it is to be read transposed.
 
@@ -61,7 +64,22 @@ def addmm(
 @lowers("aten.bmm")
 def bmm(low: Lowering, call: Call, a: Value, b: Value) -> Value:
     """a[i] @ b[i]."""
-    return low.result(call, low.op("MatMul", low.plain(a), low.plain(b)))
+    return low.result(call, low.op("MatMul", low.plain(a), _repeated(low, call, b)))
+
+
+def _repeated(low: Lowering, call: Call, b: Value) -> str:
+    """The right factor's name; of one matrix for all i, that of the matrix.
+
+    So torch multiplies with a weight what does not lie in memory row by row.
+    """
+    node: Any = call.node.args[1]
+    while node.target in _VIEWS:
+        node = node.args[0]
+    if node.target is torch.ops.aten.expand.default:
+        source = low.values[node.args[0]]
+        if isinstance(source, Value) and source.shape == b.shape[1:]:
+            return low.plain(source)
+    return low.plain(b)
 
 
 @lowers("aten.baddbmm")

@@ -28,8 +28,8 @@ def magnitude(architecture: Architecture, params: Tensors) -> Scores:
         params: Dense parameters by name.
 
     Returns:
-        Per group (units,): over all weights of two or more axes whose first axis runs over the
-        group (`makers`).
+        Per group (units,): over all weights of two or more axes whose outputs run over the group
+        (`makers`).
 
     Raises:
         WireError: A tensor has another shape.
@@ -127,14 +127,13 @@ def fpgm(architecture: Architecture, params: Tensors) -> Scores:
         units = architecture.groups[group]
         parts = [np.zeros((units, 0))]
         for gate in gates:
-            found = locate(
-                architecture.tensor(gate.tensor).axes[0], gate.start, architecture.groups
-            )
+            axis = architecture.tensor(gate.tensor).axes[gate.axis]
+            found = locate(axis, gate.start, architecture.groups)
             if found is None:
                 continue
             start, segment = found
-            rows = read(architecture, params, gate.tensor)[start : start + units * segment.block]
-            parts.append(rows.reshape(units, -1))
+            rows = np.moveaxis(read(architecture, params, gate.tensor), gate.axis, 0)
+            parts.append(rows[start : start + units * segment.block].reshape(units, -1))
         points = np.concatenate(parts, axis=1)
         scores[group] = np.linalg.norm(points - geometric_median(points), axis=1)
     return finished("fpgm", scores)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetprune.errors import BudgetError, WireError
-from fleetprune.layout import Architecture, Axis, Gate, KeepCounts, Role, Segment
+from fleetprune.layout import Architecture, Axis, Gate, KeepCounts, Role, Segment, TensorSpec
 
 Tensors = Mapping[str, NDArray[np.float32]]
 Scores = dict[str, NDArray[np.float32]]
@@ -55,19 +55,41 @@ def locate(axis: Axis, start: int, keep: KeepCounts) -> tuple[int, Segment] | No
 def makers(architecture: Architecture) -> dict[str, tuple[Gate, ...]]:
     """Per group where the weights lie that make its units.
 
-    These are all weights of two or more axes whose first axis runs over the group: filters,
-    depthwise filters, rows of linear layers. Biases and norms are no part of them.
+    These are all weights of two or more axes whose outputs run over the group: filters, depthwise
+    filters, rows of linear layers, columns of embeddings, and of a transposed convolution what
+    leads to one channel. Biases and norms are no part of them.
     """
     found: dict[str, list[Gate]] = {group: [] for group in architecture.groups}
     for spec in architecture.role(Role.PARAMETER):
         if len(spec.axes) < 2:
             continue
-        start = 0
-        for segment in spec.axes[0]:
+        start, axis = 0, _output_axis(architecture, spec)
+        for segment in spec.axes[axis]:
             if segment.group is not None:
-                found[segment.group].append(Gate(tensor=spec.name, axis=0, start=start))
+                found[segment.group].append(Gate(tensor=spec.name, axis=axis, start=start))
             start += segment.units * segment.block
     return {group: tuple(gates) for group, gates in found.items()}
+
+
+def _output_axis(architecture: Architecture, spec: TensorSpec) -> int:
+    """The axis of a weight along which its outputs lie: the first, or the second.
+
+    It is the second where the layer's bias runs along it, where a group there has the layer's
+    name, which is that of its first maker, or where the weight is a table that is looked up.
+    """
+    if spec.name in architecture.observed:  # a layer that reads along the second
+        return 0
+    first, second = spec.axes[:2]
+    path = spec.name.rpartition(".")[0]
+    biases = [t.axes[0] for t in architecture.tensors if t.name == f"{path}.bias"]
+    if biases and first != second:
+        return int(biases[0] == second)
+    here, there = ({s.group for s in axis if s.group is not None} for axis in (first, second))
+    made = {g for g in here | there if g.partition(":")[0] in (path, spec.name)}
+    if made & (there - here):
+        return int(not made & here)
+    table = len(spec.axes) == 2 and not spec.positions and there and not here
+    return int(bool(table) and sum(s.units * s.block for s in first) > 1)
 
 
 def read(

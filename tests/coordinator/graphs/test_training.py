@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fleetprune.errors import GraphError
-from fleetprune_coordinator.graphs import GateMember, Student, export_train_step
+from fleetprune_coordinator.graphs import Fixed, GateMember, Student, export_train_step
 from fleetprune_sim import models
 
 from .graph_cases import (
@@ -482,3 +482,34 @@ def test_a_frozen_parameter_that_is_not_there():
     with pytest.raises(GraphError) as caught:
         export_train_step(models.mlp(4, 4, 2), torch.zeros(1, 4), batch=2, frozen=["3.weight"])
     assert str(caught.value) == "frozen parameter 3.weight: the model has no such parameter"
+
+
+def flat_norm():
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def pooled_norm():
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "layer"),
+    [(flat_norm, (6,), "'1' (BatchNorm1d)"), (pooled_norm, (1, 8, 8), "'3' (BatchNorm2d)")],
+)
+def test_a_norm_that_a_batch_of_one_gives_one_number(make, shape, layer):
+    with pytest.raises(GraphError) as caught:
+        export_train_step(make(), torch.zeros(1, *shape), batch=1)
+    assert str(caught.value) == (
+        f"layer {layer}: a batch of 1 gives it one number per channel, which has no spread to "
+        "divide by; set training.batch to at least 2"
+    )
+
+
+def test_a_batch_of_one_where_no_norm_minds():
+    convolutional = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)
+    )
+    assert export_train_step(convolutional, torch.zeros(1, 1, 8, 8), batch=1).meta.batch == 1
+    # By statistics that are given it needs no others.
+    assert export_train_step(flat_norm(), torch.zeros(1, 6), batch=1, fixed=Fixed()).meta.batch == 1

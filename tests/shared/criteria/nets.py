@@ -49,6 +49,29 @@ FLAT = Architecture(
 )
 """Two channels, flattened into 2 * 3 features."""
 
+TURNED = Architecture(
+    groups={"up": 2, "in": 3},
+    tensors=(
+        parameter("in.weight", segment(3, "in"), segment(1)),
+        parameter("up.weight", segment(3, "in"), segment(2, "up", block=2), segment(1)),
+        parameter("out.weight", segment(1), segment(2, "up", block=2)),
+    ),
+    observed=("out.weight",),
+)
+"""A transposed convolution from three channels to two units of two channels each."""
+
+WORDS = Architecture(
+    groups={"word": 2},
+    tensors=(
+        parameter("word.weight", segment(3), segment(2, "word")),
+        parameter("place.weight", segment(2), segment(2, "word")),
+        parameter("gain", segment(1), segment(2, "word")),
+        parameter("fc.weight", segment(1), segment(2, "word")),
+    ),
+    observed=("fc.weight",),
+)
+"""Tables of three words and of two places, each two features wide, which are added."""
+
 BOTH = Architecture(
     groups={"a": 1, "b": 2},
     tensors=(

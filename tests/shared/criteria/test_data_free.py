@@ -5,7 +5,7 @@ from fleetprune import criteria
 from fleetprune.errors import BudgetError
 from fleetprune.layout import Architecture
 
-from .nets import RESIDUAL, TWO, f32, parameter, segment
+from .nets import RESIDUAL, TURNED, TWO, WORDS, f32, parameter, segment
 
 
 def test_magnitude_is_the_norm_of_a_units_incoming_weights():
@@ -18,6 +18,39 @@ def test_the_layers_of_a_residual_group_count_together():
     params = {"a.weight": f32([2], [0], [1]), "b.weight": f32([2, 1], [1, 1], [0, 0])}
     assert criteria.magnitude(RESIDUAL, params)["r"].tolist() == [3.0, np.float32(2**0.5), 1.0]
     assert criteria.magnitude_l1(RESIDUAL, params)["r"].tolist() == [5.0, 2.0, 1.0]
+
+
+def test_units_on_the_second_axis_of_a_transposed_convolution():
+    # Of three inputs, columns 0 and 1 lead to the first unit, 2 and 3 to the second.
+    weight = f32([[3], [0], [1], [1]], [[0], [4], [1], [1]], [[0], [0], [0], [0]])
+    params = {"in.weight": f32([1], [-2], [3]), "up.weight": weight}
+    assert criteria.magnitude(TURNED, params)["up"].tolist() == [5, 2]
+    assert criteria.magnitude_l1(TURNED, params)["up"].tolist() == [7, 4]
+    assert criteria.magnitude(TURNED, params)["in"].tolist() == [1, 2, 3]
+    # Six weights each. The layer's twelve have a sum of 11 and squares of 29.
+    deviation = (29 / 12 - (11 / 12) ** 2) ** 0.5
+    np.testing.assert_allclose(
+        criteria.threshold(TURNED, params)["up"], [7 / 6 / deviation, 4 / 6 / deviation], rtol=1e-6
+    )
+
+
+def test_units_on_the_second_axis_are_points_for_fpgm():
+    # Three units of one channel: points (0, 0), (0, 0) and (3, 4); the median is where two are.
+    net = Architecture(
+        groups={"up": 3},
+        tensors=(parameter("up.weight", segment(2), segment(3, "up"), segment(1)),),
+    )
+    weight = f32([[0], [0], [3]], [[0], [0], [4]])
+    assert criteria.fpgm(net, {"up.weight": weight})["up"].tolist() == [0, 0, 5]
+
+
+def test_the_tables_of_an_embedding_count_together():
+    params = {
+        "word.weight": f32([1, 0], [2, 0], [2, 0]),
+        "place.weight": f32([4, 1], [0, -1]),
+    }
+    assert criteria.magnitude(WORDS, params)["word"].tolist() == [5, np.float32(2**0.5)]
+    assert criteria.magnitude_l1(WORDS, params)["word"].tolist() == [9, 2]
 
 
 def test_gamma_is_the_size_of_a_norms_scale_and_not_of_its_shift():

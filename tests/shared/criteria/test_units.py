@@ -5,13 +5,39 @@ from fleetprune import criteria
 from fleetprune.criteria.units import finished, locate, makers, summed
 from fleetprune.errors import BudgetError, WireError
 
-from .nets import BOTH, RESIDUAL, TWO, f32
+from .nets import BOTH, RESIDUAL, TURNED, TWO, WORDS, f32, parameter, segment
 
 
 def test_what_makes_a_unit_are_weights_whose_first_axis_runs_over_it():
     assert [g.tensor for g in makers(TWO)["h"]] == ["in.weight"]
     assert [g.tensor for g in makers(RESIDUAL)["r"]] == ["a.weight", "b.weight"]
     assert [(g.tensor, g.start) for g in makers(BOTH)["b"]] == [("cat.weight", 1)]
+
+
+def made_by(architecture, group):
+    return [(g.tensor, g.axis, g.start) for g in makers(architecture)[group]]
+
+
+def test_a_transposed_convolution_makes_what_lies_on_its_second_axis():
+    assert made_by(TURNED, "up") == [("up.weight", 1, 0)]
+    assert made_by(TURNED, "in") == [("in.weight", 0, 0)]
+
+
+def test_a_bias_tells_where_a_layers_outputs_lie():
+    # As the second layer of a sum, whose group has another one's name.
+    other = [
+        parameter("to.weight", segment(3, "in"), segment(2, "up"), segment(1)),
+        parameter("to.bias", segment(2, "up")),
+        parameter("from.weight", segment(2, "up"), segment(3, "in"), segment(1)),
+        parameter("from.bias", segment(2, "up")),
+    ]
+    net = TURNED.model_copy(update={"tensors": (*TURNED.tensors, *other)})
+    assert made_by(net, "up")[1:] == [("to.weight", 1, 0), ("from.weight", 0, 0)]
+    assert made_by(net, "in") == [("in.weight", 0, 0)]
+
+
+def test_tables_make_the_features_of_their_rows():
+    assert made_by(WORDS, "word") == [("word.weight", 1, 0), ("place.weight", 1, 0)]
 
 
 def test_a_segment_is_found_where_it_lies_in_the_narrower_model():
