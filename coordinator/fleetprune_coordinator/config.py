@@ -19,6 +19,7 @@ from fleetprune.config_file import LocalPath, Section, load_section
 from fleetprune.costs import Costs
 from fleetprune.criteria import CATALOGUE, Criterion
 from fleetprune.errors import ConfigError, UsageError
+from fleetprune.latency import Precision
 from fleetprune.messages import MAX_DEADLINE_S, Codec, Name
 from fleetprune.mqtt import BrokerSettings
 from fleetprune.patterns import Granularity, Pattern
@@ -45,8 +46,8 @@ def _least(value: object) -> float:
 def _pattern(value: object) -> str:
     try:
         return str(Pattern.parse(str(value)))
-    except UsageError as e:
-        raise ValueError(str(e)) from e
+    except UsageError as e:  # what was got is said with the key
+        raise ValueError(str(e).partition(", ")[2]) from e
 
 
 def _found_out(value: object) -> object:
@@ -256,6 +257,11 @@ class PruningConfig(Section):
     ships the quantised one where it is good enough."""
     int8_loss: float = Field(default=0.01, ge=0, le=1)
     """Accuracy on the test set that quantising may cost, as a share of all samples."""
+
+    @property
+    def precision(self) -> Precision:
+        """Of the files that budgets are planned for, latencies among them."""
+        return Precision.INT8 if self.int8 is True else Precision.FLOAT32
 
 
 class ClassConfig(Section):

@@ -3,15 +3,18 @@
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from fleetprune.config_file import GUIDE, explain
+from fleetprune.config_file import GUIDE, explain, read_toml
 from fleetprune.errors import ConfigError
 from fleetprune_coordinator.config import FleetConfig, load_fleet_config
+from fleetprune_sim.auto.asked import put_asked, take_asked
 from fleetprune_sim.data.corpus import Corpus
+from fleetprune_sim.methods import find_method
 from fleetprune_sim.settings import simulation_of
 from fleetprune_sim.tasks import SimTask, find_task
 from fleetprune_sim.wanted import Wanted
@@ -42,7 +45,8 @@ def assemble(
         task: Name of a task or `module:factory`; "": the one that `fleet` names.
         method: By name.
         seed: Of everything.
-        changes: Values by dotted key, such as `training.rounds`, over all else.
+        changes: Values by dotted key, such as `training.rounds`, over all else; some may be "auto"
+            (`auto.asked.KEYS`), which stays open.
         engine: What does the devices' work.
         workers: Processes that do it.
 
@@ -55,7 +59,9 @@ def assemble(
             f"{fleet}: no such file; {GUIDE} has examples, and fleetprune simulate --task digits "
             "needs none"
         )
-    given = None if fleet is None else load_fleet_config(fleet)
+    data = {} if fleet is None else read_toml(fleet)
+    asked = take_asked(data)
+    given = None if fleet is None else load_fleet_config(fleet, data)
     name = task or (simulation_of(given).task if given is not None else "")
     if not name:
         raise ConfigError(
@@ -67,16 +73,32 @@ def assemble(
     found = find_task(name, folder)
     corpus = found.load(seed, cache_folder())
     raw = _described(found, corpus) if given is None else given.model_dump(mode="json")
+    put_asked(raw, asked)
     for key, value in {"training.seed": seed, "simulation.task": name, **changes}.items():
         _put(raw, key, value)
+    asked = take_asked(raw)
+    config = _validated(raw, folder)
+    _check_fits(config, corpus, name)
+    simulation_of(config)
+    tries = find_method(method).tries
+    return Wanted(found.name, corpus, method, config, engine, workers, asked if tries else ())
+
+
+def with_values(wanted: Wanted, values: Mapping[str, Any]) -> Wanted:
+    """The same run with other settings, by dotted key; ConfigError if they do not fit together."""
+    raw = wanted.config.model_dump(mode="json")
+    for key, value in values.items():
+        _put(raw, key, value)
+    return replace(wanted, config=_validated(raw, wanted.config.folder))
+
+
+def _validated(raw: Mapping[str, Any], folder: Path) -> FleetConfig:
     try:
         config = FleetConfig.model_validate(raw, context={"base": Path.cwd()})
     except ValidationError as e:
         raise ConfigError(explain(e, FleetConfig)) from e
     config._folder = folder
-    _check_fits(config, corpus, name)
-    simulation_of(config)
-    return Wanted(found.name, corpus, method, config, engine, workers)
+    return config
 
 
 def _described(task: SimTask, corpus: Corpus) -> dict[str, Any]:

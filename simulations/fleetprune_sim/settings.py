@@ -59,6 +59,8 @@ class SimulationConfig(Section):
     """Training rounds between evaluations on the validation set; 0: at the end only."""
     evaluation_samples: int = Field(default=2000, ge=1)
     """Of the validation set, for evaluations during training."""
+    auto_rounds: float = Field(default=2.0, gt=0)
+    """Rounds that may be spent on finding out what is "auto", in trainings' `training.rounds`."""
 
 
 def simulation_of(config: FleetConfig) -> SimulationConfig:

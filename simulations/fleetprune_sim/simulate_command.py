@@ -20,7 +20,7 @@ from fleetprune_sim.engines import ENGINES, check_engine
 from fleetprune_sim.methods import METHODS, find_method
 from fleetprune_sim.report.budgets import ON_DEVICE
 from fleetprune_sim.report.comparison import compare
-from fleetprune_sim.report.console import print_comparison
+from fleetprune_sim.report.console import print_comparison, print_tried
 from fleetprune_sim.report.page import write_report
 from fleetprune_sim.report.runs import Run, read_run
 from fleetprune_sim.report.variants import group
@@ -137,9 +137,11 @@ def simulate(
         shown = Console()
         if single:
             _table(summaries[0], shown)
-        else:  # the same runs as in the report
-            for name, variants in group(runs).items():
-                print_comparison(shown, compare(name, variants))
+        for name, variants in group(runs).items():  # the same runs as in the report
+            comparison = compare(name, variants)
+            if not single:
+                print_comparison(shown, comparison)
+            print_tried(shown, comparison)
         shown.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fleetprune.errors import ConfigError, FleetpruneError
+from fleetprune.errors import ConfigError, FleetpruneError, UsageError
 from fleetprune_sim.assemble import assemble
 from fleetprune_sim.run import Simulation
 from fleetprune_sim.summary import SUMMARY
@@ -53,7 +53,7 @@ class Progress:
 
     folder: Path
     done: int
-    """steps: training rounds, then calibration passes"""
+    """steps: rounds of trying, training rounds, then calibration passes"""
     total: int
     note: str = ""
 
@@ -84,18 +84,19 @@ def carry_out(order: Order, tell: Tell) -> dict[str, Any]:
     fresh = claim(order.folder, wanted, resume=order.resume)
     if finished.exists():
         return _summary(finished)
-    training = wanted.config.training
-    total = training.rounds + training.calibration_passes
+    wanted, before = _found_out(wanted, order, tell, fresh=fresh)
+    total = before + _steps(wanted)
     last: dict[str, float] = {}
 
     def closed(metrics: dict[str, Any]) -> None:
         last.update(metrics["evaluated"])
         done = metrics["round"] + (metrics["step"] if metrics["phase"] == "calibrate" else 0)
         note = " ".join(f"{name} {100 * value:.1f}" for name, value in last.items())
-        tell(Progress(order.folder, done, total, note))
+        tell(Progress(order.folder, before + done, total, note))
 
-    tell(Progress(order.folder, 0, total))
-    with _begun(wanted, order.folder, closed, fresh=fresh) as simulation:
+    tell(Progress(order.folder, before, total))
+    free = fresh and not before  # what was tried is worth keeping
+    with _begun(wanted, order.folder, closed, fresh=free) as simulation:
         simulation.train()
         summary = simulation.finish()
     tell(Progress(order.folder, total, total, "done"))
@@ -115,6 +116,30 @@ def _summary(path: Path) -> dict[str, Any]:
             f"{path} cannot be read ({e}): remove it, and --resume makes it anew"
         ) from e
     return summary
+
+
+def _steps(wanted: Wanted) -> int:
+    """Training rounds, then calibration passes."""
+    return wanted.config.training.rounds + wanted.config.training.calibration_passes
+
+
+def _found_out(wanted: Wanted, order: Order, tell: Tell, *, fresh: bool) -> tuple[Wanted, int]:
+    """A run with what it asks for, and how many rounds it took to find that out."""
+    if not wanted.asked:
+        return wanted, 0
+    from fleetprune_sim.auto.choose import choose  # noqa: PLC0415  (scikit-learn: a second)
+
+    def told(done: int, of: int, note: str) -> None:
+        tell(Progress(order.folder, done, of + _steps(wanted), note))
+
+    try:
+        found = choose(wanted, order.folder, told, _exported)
+    except UsageError:
+        if fresh:
+            give_up(order.folder)
+        raise
+    assert found.tried is not None
+    return found, found.tried["rounds"]
 
 
 def _begun(wanted: Wanted, folder: Path, closed: OnRound, *, fresh: bool) -> Simulation:

@@ -203,6 +203,7 @@ class Ended:
             },
             "before": before,
             "new_head": self.new_head,
+            "auto": wanted.tried,
             "traffic": {
                 "up_bytes": up,
                 "down_bytes": down,

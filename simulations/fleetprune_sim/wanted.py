@@ -10,6 +10,7 @@ from typing import Any
 from fleetprune.errors import ConfigError
 from fleetprune.files import write_atomic
 from fleetprune_coordinator.config import FleetConfig
+from fleetprune_sim.auto.asked import put_asked
 from fleetprune_sim.data.corpus import Corpus
 
 RUN = "run.json"
@@ -28,6 +29,10 @@ class Wanted:
     """of the fleet as it is, whatever the method makes of it"""
     engine: str = "loop"
     workers: int = 1
+    asked: tuple[str, ...] = ()
+    """settings that are to be found out first; `config` has others in their places until then"""
+    tried: Mapping[str, Any] | None = None
+    """what was tried to find them, as in `summary.json`"""
 
 
 def place(method: str, seed: int) -> Path:
@@ -92,13 +97,11 @@ def claim(folder: Path, wanted: Wanted, *, resume: bool) -> bool:
         ConfigError: It holds another run, or this one and `resume` was not asked for; or it
             cannot be written.
     """
-    mine = {
-        "task": wanted.task,
-        "method": wanted.method,
-        # Where a coordinator would keep its state follows the working directory; a run's own is
-        # in its folder.
-        "config": wanted.config.model_dump(mode="json", exclude={"state"}),
-    }
+    # Where a coordinator would keep its state follows the working directory; a run's own is in its
+    # folder.
+    config = wanted.config.model_dump(mode="json", exclude={"state"})
+    put_asked(config, wanted.asked)
+    mine = {"task": wanted.task, "method": wanted.method, "config": config}
     path = folder / RUN
     if path.exists():
         there = _read(path)

@@ -405,3 +405,68 @@ def test_modules_that_cannot_be_imported(tmp_path: Path) -> None:
         ConfigError, match=r"^x: no module fp_no_such among the installed packages$"
     ):
         import_object("fp_no_such:make", "x")
+
+
+# ---- single weights
+
+LIMITED = SMALL.replace("macs_share", "flash_share")
+
+
+def pruned(*lines: str, text: str = LIMITED) -> str:
+    return f"{text}\n[pruning]\n" + "\n".join(lines)
+
+
+@pytest.mark.parametrize("granularity", ["weight", "hybrid"])
+@pytest.mark.parametrize("pattern", ["1x1", "4x1", "2:4"])
+def test_single_weights_are_asked_for(tmp_path: Path, granularity: str, pattern: str) -> None:
+    text = pruned(f'granularity = "{granularity}"', f'pattern = "{pattern}"')
+    pruning = load_fleet_config(write(tmp_path, text)).pruning
+    assert (pruning.granularity, pruning.pattern) == (granularity, pattern)
+    assert pruning.weight_allocation is Allocation.GLOBAL
+
+
+@pytest.mark.parametrize("pattern", ["0x1", "3:2", "2:2", "x", "", "1x1x1", "2:4 "])
+def test_a_pattern_that_is_none_is_refused(tmp_path: Path, pattern: str) -> None:
+    text = pruned('granularity = "weight"', f'pattern = "{pattern}"')
+    assert refusal(tmp_path, text) == (
+        'pruning.pattern: expected outputs x inputs of a block, as "1x1" or "4x1", or N:M with '
+        f'N < M, as "2:4", got "{pattern}"'
+    )
+
+
+def test_a_granularity_that_is_none_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path, pruned('granularity = "weights"')) == (
+        "pruning.granularity: input should be 'channel', 'weight' or 'hybrid', got \"weights\""
+    )
+
+
+@pytest.mark.parametrize("line", ['pattern = "4x1"', 'pattern = "2:4"', 'dense_layers = ["fc"]'])
+def test_what_is_about_single_weights_needs_them(tmp_path: Path, line: str) -> None:
+    key = line.partition(" ")[0]
+    for lines in ((line,), ('granularity = "channel"', line)):
+        assert refusal(tmp_path, pruned(*lines)) == (
+            f'pruning.{key} is about single weights: set pruning.granularity = "weight" or "hybrid"'
+        )
+
+
+@pytest.mark.parametrize("granularity", ["weight", "hybrid"])
+def test_weights_are_pruned_down_to_some_bytes(tmp_path: Path, granularity: str) -> None:
+    line = f'granularity = "{granularity}"'
+    assert refusal(tmp_path, pruned(line, text=SMALL)) == (
+        f"pruning.granularity {granularity} prunes weights down to flash_bytes or flash_share, and "
+        'no class has one: give it to those that have limits, or choose a pattern as "2:4"'
+    )
+    load_fleet_config(write(tmp_path, pruned(line, 'pattern = "2:4"', text=SMALL)))
+    load_fleet_config(write(tmp_path, pruned(line, text=SMALL + "flash_bytes = 9\n")))
+
+
+@pytest.mark.parametrize("criterion", ["gamma", "fpgm", "apoz"])
+def test_a_criterion_of_units_alone_does_not_prune_weights_alone(
+    tmp_path: Path, criterion: str
+) -> None:
+    training = f'\n[training]\ncriterion = "{criterion}"\n'
+    assert refusal(tmp_path, pruned('granularity = "weight"', text=LIMITED + training)) == (
+        f"training.criterion {criterion} tells units apart, not weights: choose another, or "
+        'pruning.granularity = "hybrid"'
+    )
+    load_fleet_config(write(tmp_path, pruned('granularity = "hybrid"', text=LIMITED + training)))

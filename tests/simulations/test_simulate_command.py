@@ -57,6 +57,14 @@ def study(tmp_path_factory):
     return out
 
 
+def test_a_fleet_that_is_not_there(tmp_path):
+    missing = tmp_path / "nope.toml"
+    assert refused(tmp_path / "out", "nested", "0", str(missing)) == (
+        f"{missing}: no such file; docs/bring-your-own.md has examples, and fleetprune simulate "
+        "--task digits needs none"
+    )
+
+
 def test_several_runs_do_not_go_into_the_folder_of_one(tmp_path):
     out = tmp_path / "one"
     simulate(out, "small", "3")

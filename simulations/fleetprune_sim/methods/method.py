@@ -37,6 +37,9 @@ class Method(ABC):
     """For people."""
     paper: ClassVar[str]
     """Where it was described."""
+    tries: ClassVar[bool] = False
+    """Whether settings that are "auto" are found out; the others train as their papers say, and
+    take the default."""
 
     def plan(self, config: FleetConfig, devices: Mapping[str, int]) -> Plan:
         """The models that are trained and with what settings.

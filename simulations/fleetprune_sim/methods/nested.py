@@ -15,3 +15,4 @@ class Nested(Method):
     name = "nested"
     title = "Fleetprune"
     paper = "this project"
+    tries = True

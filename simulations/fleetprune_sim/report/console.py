@@ -12,6 +12,8 @@ from fleetprune_sim.report.budgets import left_to_devices
 from fleetprune_sim.report.comparison import Cell, Comparison, Row
 from fleetprune_sim.report.figures import mean_of
 from fleetprune_sim.report.setting_words import short
+from fleetprune_sim.report.tried import candidates, with_autos
+from fleetprune_sim.report.tried_grid import what_was_tried
 from fleetprune_sim.report.variants import fleet_differences
 
 OWN = "own %"
@@ -36,6 +38,22 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     head = Text.assemble((comparison.task, "bold"), f"  {words.spread_note(comparison)}")
     notes = [Text(line) for line in _notes(comparison, own=OWN not in left_out)]
     console.print(Group(head, table, *notes))
+
+
+def print_tried(console: Console, comparison: Comparison) -> None:
+    """What was tried before the runs, to find settings out; nothing if there were none."""
+    for row, grid in zip(with_autos(comparison), what_was_tried(comparison), strict=True):
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for name in grid.head:
+            table.add_column(name, justify="right" if name.endswith("(%)") else "left")
+        notes = [grid.says]
+        ((_, lines),) = grid.groups
+        for candidate, cells in zip(candidates(row), lines, strict=True):
+            if candidate.rounds or candidate.chosen:
+                table.add_row(*(Text(str(cell)) for cell in cells))
+            else:  # the reason is too long for a column
+                notes.append(f"{candidate.name} {cells[-1]}")
+        console.print(Group(Text(grid.title, "bold"), table, *map(Text, notes)))
 
 
 def _table(comparison: Comparison, left_out: Collection[str]) -> Table:

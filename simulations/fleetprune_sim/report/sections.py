@@ -15,6 +15,7 @@ from fleetprune_sim.report.settings_grid import settings
 from fleetprune_sim.report.style import PALETTE, SHADES, SHAPES
 from fleetprune_sim.report.table import Table
 from fleetprune_sim.report.tables import per_seed
+from fleetprune_sim.report.tried_grid import what_was_tried
 
 FEW = 25
 """Evaluations up to which each is marked on its curve."""
@@ -36,6 +37,7 @@ def sections(comparison: Comparison) -> list[Section]:
         Section("Accuracy on its way", _curves(comparison)),
         Section("The models", _keep(comparison)),
         Section("What the training took", _spent(comparison), columns=2),
+        Section("What was tried", what_was_tried(comparison)),
         Section("The fleet", [*_partition(comparison), *settings(comparison)]),
     ]
 

@@ -7,6 +7,7 @@ OF_RUNS = "settings."
 
 _MEANINGS: Mapping[str, str] = {
     "rounds": "rounds of training",
+    "auto": "settings that were found out by trying",
     "engine": "what did the devices' work; changes no result",
     "dense.params": "weights of the uncut model",
     "dense.macs": "multiply-accumulates of one inference of the uncut model",
@@ -75,6 +76,7 @@ _MEANINGS: Mapping[str, str] = {
     "simulation.held_out": "share of its samples that a device judges its model by",
     "simulation.evaluate_every": "rounds between looks at the validation set",
     "simulation.evaluation_samples": "samples of each such look",
+    "simulation.auto_rounds": "rounds for trying what is found out, in those of a training",
     "model.factory": "what makes the model",
     "model.initial": "the trained model to begin with",
 }

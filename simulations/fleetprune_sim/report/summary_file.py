@@ -103,6 +103,44 @@ class Before(_Part):
     """as a class's"""
 
 
+class Rung(_Part):
+    """A short training of a candidate."""
+
+    rounds: Count
+    accuracy: Share
+    """on the validation set, mean over classes"""
+    classes: Mapping[str, Share] = {}
+
+
+class Tried(_Part):
+    """A candidate for settings that were to be found out."""
+
+    settings: Mapping[str, str]
+    """by key; any value of those that are not here"""
+    outcome: str
+    """`chosen`, `dropped`, `failed` or `refused`"""
+    reason: str | None = None
+    rungs: tuple[Rung, ...] = ()
+    """one after the other"""
+
+
+class Auto(_Part):
+    """What was tried before the run, to find settings out."""
+
+    asked: tuple[str, ...] = Field(min_length=1)
+    chosen: Mapping[str, str]
+    rounds: Count
+    """of all trials"""
+    wall_s: Amount = 0.0
+    samples: Count
+    """of the validation set, that decided"""
+    candidates: tuple[Tried, ...]
+    left_out: Count = 0
+    """for which there were no rounds"""
+    next: tuple[Mapping[str, str], ...] = ()
+    """the first of them"""
+
+
 class Summary(_Part):
     """The whole file."""
 
@@ -121,6 +159,8 @@ class Summary(_Part):
     """None: the training began with no trained model, or with a new head, or nobody looked"""
     new_head: str | None = None
     """the layer that was new to the trained model: nobody had trained it"""
+    auto: Auto | None = None
+    """None: nothing had to be found out"""
     traffic: FleetTraffic
     virtual: Virtual
     labels: tuple[str | int, ...] = ()

@@ -10,6 +10,8 @@ from fleetprune.errors import DataError
 from fleetprune_sim.report.runs import Run
 from fleetprune_sim.report.setting_words import OF_RUNS
 
+AUTO = "auto"
+"""Name of the settings that were found out, and the value of one that seeds disagree on."""
 FLEET = ("rounds", "engine", "input_shape", "dense", "partition", "devices", "budgets")
 """First words of settings that say what was learned where, whatever the method."""
 
@@ -50,6 +52,7 @@ def settings_of(run: Run) -> Settings:
         "devices": sum(c.devices for c in s.classes.values()),
         "budgets": {n: c.budget.model_dump(exclude_none=True) for n, c in s.classes.items()},
         "settings": s.settings,
+        AUTO: None if s.auto is None else ", ".join(s.auto.asked),
     }
     flat = dict(_flatten(everything, ()))
     # Some settings repeat the seed; the run's own is what tells its runs apart.
@@ -64,12 +67,15 @@ def group(runs: Sequence[Run]) -> dict[str, list[Variant]]:
     """
     found: dict[tuple[str, str], dict[str, list[Run]]] = {}
     for run in runs:
-        key = json.dumps(settings_of(run), sort_keys=True)
+        # Seeds may choose differently: that is chance, as all that they do not have in common.
+        found_out = _found_out(run)
+        told = {k: v for k, v in settings_of(run).items() if k not in found_out}
+        key = json.dumps(told, sort_keys=True)
         same = found.setdefault((run.summary.task, run.summary.method), {})
         same.setdefault(key, []).append(run)
     tasks: dict[str, list[Variant]] = {}
     for (task, method), by_settings in found.items():
-        all_settings = [settings_of(together[0]) for together in by_settings.values()]
+        all_settings = [_in_common(together) for together in by_settings.values()]
         telling = differing(all_settings)
         for settings, together in zip(all_settings, by_settings.values(), strict=True):
             own = {key: settings.get(key, "-") for key in telling}
@@ -77,6 +83,19 @@ def group(runs: Sequence[Run]) -> dict[str, list[Variant]]:
             variant = Variant(task, method, _label(method, own), ordered, settings, own)
             tasks.setdefault(task, []).append(variant)
     return tasks
+
+
+def _found_out(run: Run) -> set[str]:
+    """Names of the settings that a run did not begin with."""
+    auto = run.summary.auto
+    return set() if auto is None else {f"{OF_RUNS}{key}" for key in auto.asked}
+
+
+def _in_common(runs: Sequence[Run]) -> Settings:
+    """Of runs that were told the same; where they chose differently, that they chose."""
+    each = [settings_of(run) for run in runs]
+    agreed = {k: v for k, v in each[0].items() if all(other.get(k) == v for other in each)}
+    return agreed | {k: json.dumps(AUTO) for k in _found_out(runs[0]) - agreed.keys()}
 
 
 def differing(settings: Sequence[Mapping[str, str]]) -> list[str]:
