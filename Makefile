@@ -4,6 +4,7 @@
 #   make test [ARGS='tests/shared -k masks']
 #   make check   make bench   make clean
 #   make fuzz [NETS=10000]   (random networks, traced, cut and held against the dense ones)
+#   make matrix   (every model with every granularity, schedule and criterion: 15 minutes)
 #   make study OUT=DIR [SEEDS='60 61']   (docs/method.md: four hours, to be taken up again any time)
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ TASK ?= digits
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test check bench fuzz study clean
+.PHONY: demo test check bench fuzz matrix study clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.demo
@@ -34,6 +35,9 @@ NETS ?= 2000
 
 fuzz: .venv/.dev
 	@FUZZ=$(NETS) $(BIN)/pytest --timeout 0 tests/coordinator/test_random_nets.py $(ARGS)
+
+matrix: .venv/.dev
+	@MATRIX=1 $(BIN)/pytest -n $(WORKERS) --timeout 0 tests/coordinator/test_matrix.py $(ARGS)
 
 # Every method at the learning rate that was best on the validation sets of other seeds.
 RATE := training.learning_rate

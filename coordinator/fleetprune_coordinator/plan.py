@@ -233,15 +233,20 @@ class Planner:
 
         Returns:
             Per class that has pruned some its masks.
+
+        Raises:
+            BudgetError: A score is negative or not finite; or units of which `allocation` leaves
+                more parameters than was to be expected leave too few bytes for the weights.
         """
         curve = self.schedule.slack(round_)
         left = curve if slack is None else min(slack, curve)
-        found = {
-            name: self.weights.masks(
-                keep, self._in_force(round_, name, slack).flash_bytes, scores, left
-            )
-            for name, keep in shapes.items()
-        }
+        found = {}
+        for name, keep in shapes.items():
+            limit = self._in_force(round_, name, slack).flash_bytes
+            try:
+                found[name] = self.weights.masks(keep, limit, scores, left)
+            except BudgetError as e:
+                raise BudgetError(f"class {name}: {e}") from e
         return {name: masks for name, masks in found.items() if masks}
 
     def _in_force(self, round_: int, name: str, slack: float | None) -> Budget:

@@ -32,6 +32,7 @@ from fleetprune_coordinator.fleet_model import (
 )
 from fleetprune_coordinator.gram import GramSums, reordered
 from fleetprune_coordinator.graph_library import GraphLibrary
+from fleetprune_coordinator.int8 import Int8
 from fleetprune_coordinator.intake import Intake
 from fleetprune_coordinator.ledger import Ledger
 from fleetprune_coordinator.plan import Planner
@@ -74,7 +75,7 @@ class Rounds(RoundPlanning):
         run: str,
         policy: Policy | None = None,
         watch: Watch | None = None,
-        ranges: bool = False,
+        ranges: Int8 = False,
         timing: TimeRound | None = None,
     ) -> None:
         """Prepare; call `start` next.
@@ -89,7 +90,8 @@ class Rounds(RoundPlanning):
             run: A name for this training, part of every task id.
             policy: What is sent and trained; None: ours.
             watch: The accuracy that a dynamic schedule must not lose; None: it goes by loss alone.
-            ranges: Measure at the end which values each class's file works with.
+            ranges: `pruning.int8`: whether to measure at the end which values each class's file
+                works with; "auto": as far as that can be done.
             timing: Asks devices how long models take; None: nobody is asked.
         """
         super().__init__(
@@ -233,7 +235,7 @@ class Rounds(RoundPlanning):
         self, key: RoundKey, answers: Iterable[bytes], tasks: Mapping[str, Task]
     ) -> dict[str, Any]:
         assert self._timing is not None
-        metrics = self._timing.take_in(answers, tasks)
+        metrics = self._timing.take_in(answers, tasks, key.step)
         unreachable = None
         try:
             self._timing.teach()
@@ -261,8 +263,8 @@ class Rounds(RoundPlanning):
         """What adds up the answers of a round."""
         intake = Intake(self._architecture, self.model, self.ledger, bounds)
         if is_ranges(key):
-            lengths = {n: self._library.ranges(keep)[1] for n, keep in self.model.shapes.items()}
-            intake.ranges = {name: RangeSums(length) for name, length in lengths.items()}
+            graphs = {name: self._ranges(name) for name in self.model.shapes}
+            intake.ranges = {name: RangeSums(g[1]) for name, g in graphs.items() if g is not None}
         return intake
 
     def _read(self, answer: bytes) -> Result:

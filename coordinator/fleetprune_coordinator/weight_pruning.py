@@ -89,6 +89,11 @@ class WeightPruning:
                 f"class {name}: flash_bytes {budget.flash_bytes} cannot be met, the smallest "
                 f"achievable with pattern {pattern} is {least}; raise the budget"
                 + (" or choose a pattern that leaves less" if pattern.m else "")
+                + (
+                    ", or limit macs as well: units are not cut for bytes"
+                    if self.rule.granularity is Granularity.HYBRID
+                    else ""
+                )
             )
 
     def bytes(self, keep: KeepCounts, masks: Masks) -> int:

@@ -113,7 +113,7 @@ def solve_masks(
     least = len(sizes)
     if cost(least) > limit:
         raise BudgetError(
-            f"{limit} bytes for the weights of {len(sizes)} layers, which take at least "
+            f"{max(0, limit)} bytes for the weights of {len(sizes)} layers, which take at least "
             f"{cost(least)}: raise flash_bytes"
         )
     count = bisect_right(range(least, ranked.size + 1), limit, key=cost) + least - 1

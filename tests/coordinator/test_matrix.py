@@ -35,6 +35,8 @@ from fleetprune_coordinator.tracing import trace
 from fleetprune_coordinator.weight_pruning import WeightRule
 from fleetprune_sim import models
 
+torch.set_num_threads(1)  # on a busy machine, threads that wait for each other take minutes
+
 ROUNDS = 5
 MODELS = {
     "resnet8": (lambda: models.resnet8(classes=4, channels=1), (1, 8, 8)),
@@ -121,15 +123,6 @@ class Subject:
 
     def flow(self, params):
         return flow_gradients(self.network, torch.zeros(1, *self.x.shape[1:]), params)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Layers this small only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache
@@ -255,7 +248,7 @@ def test_every_pair_that_makes_sense_is_tried():
     assert set().union(*map(pairs, CASES)) == wanted
     for axis, values in enumerate(AXES):
         assert {case[axis] for case in CASES} == set(values)
-    assert FULL or len(CASES) <= 105
+    assert FULL or len(CASES) <= 110
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -265,5 +258,7 @@ def test_what_has_norms_to_go_by(name):
     if name in NORMED:
         assert gamma(of.architecture, of.params).keys() == of.architecture.groups.keys()
     else:
-        with pytest.raises(BudgetError, match=r"^no norm layer scales any unit; choose magnitude$"):
+        with pytest.raises(
+            BudgetError, match=r"^gamma: no norm layer scales any unit; choose magnitude$"
+        ):
             gamma(of.architecture, of.params)

@@ -232,7 +232,22 @@ def test_scores_that_say_nothing_are_refused(value):
     scores = {**ONES, "out.weight": np.full((40, 40), value, np.float32)}
     with pytest.raises(BudgetError) as e:
         plan.masks(1, {"phone": KEEP}, scores)
-    assert str(e.value) == "scores of out.weight: expected finite numbers of at least 0"
+    assert str(e.value) == (
+        "class phone: scores of out.weight: expected finite numbers of at least 0"
+    )
+
+
+def test_units_that_leave_no_room_for_weights_are_refused_with_their_class():
+    """Where scores decide how many units stay, more may stay than was to be expected."""
+    plan = planner(Budget(flash_bytes=LEAST), WeightRule(Granularity.HYBRID))
+    for less, room in ((100, 730), (2000, 0)):
+        plan.budgets["phone"] = Budget(flash_bytes=max(1, LEAST - less))
+        with pytest.raises(BudgetError) as e:
+            plan.masks(1, {"phone": KEEP}, ONES)
+        assert str(e.value) == (
+            f"class phone: {room} bytes for the weights of 2 layers, which take at least 770: "
+            "raise flash_bytes"
+        )
 
 
 # ---- patterns
