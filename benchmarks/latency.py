@@ -1,4 +1,4 @@
-"""Predicted against measured latency: `python benchmarks/latency.py [--models resnet8] [--json]`.
+"""Predicted against measured latency: `python benchmarks/latency.py [--models ds_cnn] [--int8]`.
 
 What a class's device would do, on this machine: it times the weightless graphs of the shapes that
 the coordinator chooses, and a latency model is fitted. Beside them, in the same sweeps, run the
@@ -7,6 +7,8 @@ within 15 %.
 
 Then the solver gets 80 and 50 % of the dense model's latency as a limit, and what it keeps is
 timed in turn with the dense model: `used` is measured over limit. One thread, batch 1.
+
+With `--int8` all these files are quantised.
 """
 
 import argparse
@@ -22,12 +24,13 @@ from rich.table import Table
 from fleetprune.budgets import Budget, Grid
 from fleetprune.costs import CostModel
 from fleetprune.errors import BudgetError
-from fleetprune.latency import LatencyModel, LatencyPoint, LatencyTable
+from fleetprune.latency import LatencyModel, LatencyPoint, LatencyTable, Precision
 from fleetprune.layout import Architecture
 from fleetprune.solver import BudgetSolver
 from fleetprune_agent.timing import time_graphs
 from fleetprune_coordinator.graphs import export_infer
 from fleetprune_coordinator.graphs.weightless import weightless
+from fleetprune_coordinator.quantise import no_ranges, quantise
 from fleetprune_coordinator.resize import resize
 from fleetprune_coordinator.timing import shapes_to_time
 from fleetprune_coordinator.tracing import trace
@@ -53,7 +56,7 @@ def others(architecture: Architecture, grid: Grid, known: list[Any], count: int)
     return found
 
 
-def measure(name: str, multiple: int, tests: int) -> dict[str, Any]:
+def measure(name: str, multiple: int, tests: int, precision: Precision) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model, example = getattr(models, name)(), torch.zeros(1, *MODELS[name])
@@ -61,7 +64,8 @@ def measure(name: str, multiple: int, tests: int) -> dict[str, Any]:
     grid = Grid.of(architecture.groups, multiple)
 
     def real(keep: dict[str, int]) -> bytes:
-        return export_infer(resize(model, architecture, keep), example).onnx
+        file = export_infer(resize(model, architecture, keep), example).onnx
+        return quantise(file, no_ranges(file)) if precision is Precision.INT8 else file
 
     shapes = shapes_to_time(architecture, grid)
     unseen = others(architecture, grid, shapes, tests)
@@ -72,6 +76,7 @@ def measure(name: str, multiple: int, tests: int) -> dict[str, Any]:
         device_class="this",
         runtime="onnxruntime",
         version="",
+        precision=precision,
         devices=1,
         points=tuple(
             LatencyPoint(keep=keep, median_ms=ms) for keep, ms in zip(shapes, times, strict=False)
@@ -111,8 +116,10 @@ def limited(
     return float(small / dense / share)
 
 
-def main(names: list[str], multiple: int, tests: int, *, as_json: bool) -> None:
-    rows = {name: measure(name, multiple, tests) for name in names}
+def main(
+    names: list[str], multiple: int, tests: int, precision: Precision, *, as_json: bool
+) -> None:
+    rows = {name: measure(name, multiple, tests, precision) for name in names}
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -139,6 +146,8 @@ if __name__ == "__main__":
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--multiple", type=int, default=8)
     parser.add_argument("--tests", type=int, default=16)
+    parser.add_argument("--int8", action="store_true")
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args()
-    main(chosen.models, chosen.multiple, chosen.tests, as_json=chosen.json)
+    numbers = Precision.INT8 if chosen.int8 else Precision.FLOAT32
+    main(chosen.models, chosen.multiple, chosen.tests, numbers, as_json=chosen.json)

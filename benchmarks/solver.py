@@ -18,7 +18,7 @@ from rich.table import Table
 
 from fleetprune.budgets import Allocation, Budget, Grid
 from fleetprune.costs import CostModel, Costs
-from fleetprune.latency import LatencyModel, LatencyPoint, LatencyTable
+from fleetprune.latency import LatencyModel, LatencyPoint, LatencyTable, Precision
 from fleetprune.layout import Activation, Architecture, Axis, Role, Segment, TensorSpec
 from fleetprune.solver import BudgetSolver
 
@@ -86,7 +86,14 @@ def latencies(net: Architecture, costs: CostModel) -> LatencyModel:
     points = tuple(
         LatencyPoint(keep=keep, median_ms=0.05 + costs.costs(keep).macs / dense) for keep in shapes
     )
-    table = LatencyTable(device_class="x", runtime="r", version="1", devices=1, points=points)
+    table = LatencyTable(
+        device_class="x",
+        runtime="r",
+        version="1",
+        precision=Precision.FLOAT32,
+        devices=1,
+        points=points,
+    )
     return LatencyModel.fit(net, table)
 
 

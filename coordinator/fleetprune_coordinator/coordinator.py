@@ -147,7 +147,8 @@ class Coordinator:
         try:
             timing = None
             if times:
-                timing = TimeRound(self.architecture, self.planner, library, self.registry)
+                of = config.pruning.precision
+                timing = TimeRound(self.architecture, self.planner, library, self.registry, of)
             self.rounds = rounds(
                 config.training,
                 self.architecture,
@@ -158,7 +159,7 @@ class Coordinator:
                 run=self.registry.run,
                 policy=policy,
                 watch=self._watch(),
-                ranges=bool(config.pruning.int8),
+                ranges=config.pruning.int8,
                 timing=timing,
             )
             check_continues(self.registry.latest_snapshot(), params, config)
@@ -206,14 +207,16 @@ class Coordinator:
             return without_zeros(made, rule.pattern) if rule.granularity.weights else made
 
         if pruning.int8:
+            ranges = self.rounds.ranges.get(name)
             built, verdict = choose_file(
                 built,
-                self.rounds.ranges.get(name),
+                ranges,
                 self._golden() if self.test is None else self.test.x,
                 None if self.test is None else self.test.y,
                 wanted=pruning.int8,
                 most_lost=pruning.int8_loss,
                 fits=lambda made: self.planner.budgets[name].meets(packed(made).costs),
+                unranged="" if ranges is not None else self.rounds.why_unranged(name),
             )
         built = packed(built)
         try:

@@ -50,4 +50,7 @@ def counted(model: nn.Module, architecture: Architecture, config: FleetConfig) -
     try:
         return planned(model, architecture)
     except GraphError as e:
-        raise ConfigError(f"pruning.int8 is true, but the model cannot be quantised: {e}") from e
+        raise ConfigError(
+            f"pruning.int8 is true, but the model cannot be quantised: {e}; "
+            'set it to "auto" or false'
+        ) from e

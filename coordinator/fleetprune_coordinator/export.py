@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from fleetprune.errors import BudgetError, ConfigError
+from fleetprune.errors import BudgetError, ConfigError, GraphError
 from fleetprune.files import make_folder, sha256_of, write_atomic
 from fleetprune.layout import Architecture
 from fleetprune.patterns import Pattern
@@ -24,7 +24,7 @@ from fleetprune_coordinator.artifacts import small_model
 from fleetprune_coordinator.config import FleetConfig
 from fleetprune_coordinator.coordinator import RELEASES, check_continues, load_model
 from fleetprune_coordinator.fleet_model import restored
-from fleetprune_coordinator.graphs import export_infer
+from fleetprune_coordinator.graphs import check_countable, export_infer
 from fleetprune_coordinator.imports import import_object
 from fleetprune_coordinator.quantise import quantise
 from fleetprune_coordinator.records import ReleaseRecord
@@ -115,6 +115,10 @@ def export(
             return _release(config, _records(config, registry, what), kind, out)
         small = _small(config, registry, what)
     if int8 and small.ranges is None:
+        try:
+            check_countable(small.network, small.example)
+        except GraphError as e:
+            raise ConfigError(f"class {what} cannot be quantised: {e}") from e
         raise ConfigError(
             f"class {what}: nobody has measured the ranges of its activations: set pruning.int8 "
             "and let the coordinator finish a training"

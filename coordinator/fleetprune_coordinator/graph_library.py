@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fleetprune.criteria import Criterion, Needs, Tensors, locate, makers, needs
+from fleetprune.latency import Precision
 from fleetprune.layout import Architecture, Gate, KeepCounts, Role, axis_indices
 from fleetprune.messages import GraphRef
 from fleetprune_coordinator.gram import measured
@@ -28,6 +29,7 @@ from fleetprune_coordinator.graphs import (
     graph_meta,
 )
 from fleetprune_coordinator.graphs.weightless import weightless
+from fleetprune_coordinator.quantise import no_ranges, quantise
 from fleetprune_coordinator.resize import resize
 from fleetprune_coordinator.synflow import flow_gradients
 
@@ -217,15 +219,26 @@ class GraphLibrary:
         sums = criterion if needs(criterion) is Needs.FORWARD else Criterion.NONE
         return self._once(export, kind="observe", keep=dict(keep), criterion=sums)
 
-    def timed(self, keep: KeepCounts) -> GraphRef:
-        """The inference graph of a shape without its weights, for devices to time."""
+    def timed(self, keep: KeepCounts, precision: Precision) -> GraphRef:
+        """The inference graph of a shape without its weights, for devices to time.
+
+        Args:
+            keep: The shape.
+            precision: INT8: as it is when it is quantised, whatever values it works with.
+
+        Raises:
+            GraphError: It cannot be quantised.
+        """
 
         def export() -> Graph:
             small = resize(self._model, self._architecture, keep).eval()
             whole = export_infer(small, self._example)
-            return finished(weightless(whole.onnx), whole.meta)
+            onnx = whole.onnx
+            if precision is Precision.INT8:
+                onnx = quantise(onnx, no_ranges(onnx))
+            return finished(weightless(onnx), whole.meta)
 
-        return self._once(export, kind="timed", keep=dict(keep))
+        return self._once(export, kind="timed", keep=dict(keep), precision=precision)
 
     def flow(self, params: Tensors) -> Tensors:
         """The gradient of SynFlow's R at other parameters (see `synflow.flow_gradients`)."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fleetprune.errors import GraphError
 from fleetprune.layout import Architecture
 from fleetprune_coordinator.artifacts import Artifact, golden, predict
-from fleetprune_coordinator.graphs import export_infer
+from fleetprune_coordinator.graphs import check_countable, export_infer
 from fleetprune_coordinator.onnx_costs import file_costs, overhead_bytes
 from fleetprune_coordinator.quantise import (
     all_integer,
@@ -29,6 +29,8 @@ from fleetprune_coordinator.quantise import (
 from fleetprune_coordinator.selfcheck import randomised
 
 Int8 = bool | Literal["auto"]
+
+UNMEASURED: Final = "no device has measured the ranges of activations"
 
 COMPARED: Final = 512
 """Samples on which the integer kernels are held against the file as it is written."""
@@ -62,6 +64,7 @@ def choose_file(
     wanted: Int8,
     most_lost: float,
     fits: Callable[[Artifact], bool],
+    unranged: str = UNMEASURED,
 ) -> tuple[Artifact, Verdict]:
     """Quantise a class's file and decide which of the two ships.
 
@@ -75,12 +78,13 @@ def choose_file(
             the float32 file.
         most_lost: Largest loss of accuracy, as a share of all samples.
         fits: Whether a file is within the class's budget.
+        unranged: Why there are no ranges, if there are none.
 
     Returns:
         The artifact to ship, and why.
     """
     if ranges is None:
-        return made, Verdict(int8=False, reason="no device has measured the ranges of activations")
+        return made, Verdict(int8=False, reason=unranged)
     try:
         small = quantised_artifact(made, ranges, x)
     except GraphError as e:
@@ -148,9 +152,10 @@ def planned(model: nn.Module, architecture: Architecture) -> Architecture:
         architecture: Its description.
 
     Raises:
-        GraphError: The model cannot be quantised.
+        GraphError: The model cannot be quantised, or its values cannot be counted.
     """
     example = torch.zeros(1, *architecture.input_shape)
+    check_countable(model, example)
 
     def export(dense: nn.Module, sample: Tensor) -> bytes:
         onnx = export_infer(dense, sample).onnx

@@ -203,3 +203,31 @@ def m0005_latencies(db: Database) -> None:
         not_null={"class", "runtime", "version", "keep", "median_ms", "spread_ms"},
     )
     _index(db, "latency_points", "class", "runtime", "version")
+
+
+@migrations()
+def m0006_precision(db: Database) -> None:
+    """Latency tables of quantised files beside those of float32 files, which all were before."""
+    db.execute("ALTER TABLE latency_tables RENAME TO old_latency_tables")
+    db.create_table(
+        "latency_tables",
+        {
+            "class": str,
+            "runtime": str,
+            "version": str,
+            "precision": str,
+            "model": str,
+            "devices": int,
+            "measured_at": float,
+        },
+        pk=("class", "runtime", "version", "precision"),
+        foreign_keys=[("class", "classes", "name")],
+        not_null={"model", "devices", "measured_at"},
+    )
+    db.execute(
+        "INSERT INTO latency_tables "
+        "SELECT class, runtime, version, 'float32', model, devices, measured_at "
+        "FROM old_latency_tables"
+    )
+    db.execute("DROP TABLE old_latency_tables")
+    db.execute("ALTER TABLE latency_points ADD COLUMN precision TEXT NOT NULL DEFAULT 'float32'")

@@ -92,10 +92,10 @@ def _tables(config: FleetConfig, architecture: Architecture) -> dict[str, Latenc
 
     if not (config.state / DATABASE).exists():
         return {}
-    model = digest(architecture)
+    model, wanted = digest(architecture), config.pruning.precision
     try:
         with Registry.open(config.state, time.time, read_only=True) as registry:
-            found = {name: registry.latency(name, model) for name in config.classes}
+            found = {name: registry.latency(name, model, wanted) for name in config.classes}
     except RegistryError as e:  # of an older version, or damaged: a plan needs none
         say(f"{e}; planned without latencies")
         return {}
@@ -188,8 +188,9 @@ def _notes(
         yield f"{found.nesting} groups are as wide as {found.around[-1]} has them"
     if table is not None and model is not None:
         yield (
-            f"{table.devices} of its devices timed {len(table.points)} shapes with "
-            f"{table.runtime} {table.version}; predictions are within {100 * model.error:.0f} %"
+            f"{table.devices} of its devices timed {len(table.points)} shapes in "
+            f"{table.precision} with {table.runtime} {table.version}; predictions are within "
+            f"{100 * model.error:.0f} %"
         )
         multiple = config.classes[name].multiple or config.pruning.channel_multiple
         if multiple % model.block:
@@ -198,7 +199,8 @@ def _notes(
                 f"multiple = {model.block} may lose less time than {multiple}"
             )
     elif budget.latency_ms is not None:
-        yield "latency_ms is not planned for, its devices have measured nothing yet"
+        files = config.pruning.precision
+        yield f"latency_ms is not planned for, no device has timed files in {files} yet"
 
 
 def _figure(limit: Limit, value: float) -> str:

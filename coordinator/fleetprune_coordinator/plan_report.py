@@ -137,6 +137,7 @@ def _class(
             "block": model.block,
             "runtime": table.runtime,
             "version": table.version,
+            "precision": table.precision.value,
             "devices": table.devices,
             "shapes": len(table.points),
         }

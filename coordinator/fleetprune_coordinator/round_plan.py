@@ -15,8 +15,10 @@ from fleetprune_coordinator.cohort import choose
 from fleetprune_coordinator.config import TrainingConfig
 from fleetprune_coordinator.fleet_model import FleetModel
 from fleetprune_coordinator.graph_library import GraphLibrary
+from fleetprune_coordinator.int8 import Int8
 from fleetprune_coordinator.plan import Planner
 from fleetprune_coordinator.policy import Policy
+from fleetprune_coordinator.range_graphs import RangeGraphs
 from fleetprune_coordinator.records import DeviceRecord, Phase, RoundRecord, RoundState, TaskState
 from fleetprune_coordinator.registry import Registry
 from fleetprune_coordinator.time_round import TimeRound
@@ -61,13 +63,14 @@ class RoundPlanning:
         registry: Registry,
         run: str,
         policy: Policy,
-        ranges: bool,
+        ranges: Int8,
         timing: TimeRound | None,
     ) -> None:
         """Prepare; see `Rounds`."""
         self._settings, self._architecture, self._planner = settings, architecture, planner
         self._library, self._registry, self._run = library, registry, run
-        self._policy, self._ranged, self._timing = policy, ranges, timing
+        self._policy, self._timing = policy, timing
+        self._int8, self._range_graphs = ranges, RangeGraphs(library, ranges)
         self._calibrated = False
         self._measuring: tuple[int, ...] = ()
 
@@ -92,13 +95,14 @@ class RoundPlanning:
             before += [key for key in steps if key not in seen]
         left = before + [key for key in left if key.number > at]
         last = RoundKey(Phase.CALIBRATE, settings.rounds, RANGES)
-        if self._ranged and last not in seen:
+        if self._int8 and last not in seen and (left or any(map(self._ranges, self.model.shapes))):
             left.append(last)
         measuring = [RoundKey(Phase.SCORE, 0, step) for step in self._measuring]
         left = [key for key in measuring if key not in seen] + left
-        times = RoundKey(Phase.TIME, 0)
-        if self._timing is not None and self._timing.wanted and times not in seen:
-            left.insert(0, times)
+        timing = self._timing
+        if timing is not None and timing.wanted:
+            times = RoundKey(Phase.TIME, 0, timing.step)
+            left = [times] * (times not in seen) + left
         return [key for key, r in seen.items() if r.state is RoundState.OPEN] + left
 
     def _measuring_steps(self) -> tuple[int, ...]:
@@ -120,12 +124,19 @@ class RoundPlanning:
         devices = self._registry.devices()
         for name, keep in self.model.shapes.items():
             self._library.observe(keep, self._settings.criterion)
-            if self._ranged:
-                self._library.ranges(keep)
+            self._ranges(name)
             trainers = [d for d in devices if d.device_class == name and d.trains]
             for block in sorted({0} | {d.block for d in trainers}) if trainers else ():
                 for fixed in {False, self._calibration_round < self._settings.rounds}:
                     self._train_steps(name, block, self._settings.criterion, fixed=fixed)
+
+    def _ranges(self, name: str) -> tuple[GraphRef, int] | None:
+        """The graph that counts the values of a class's file, and how many numbers it makes."""
+        return self._range_graphs.graph(name, self.model.shapes[name])
+
+    def why_unranged(self, name: str) -> str:
+        """Why the ranges of a class's file are not known."""
+        return self._range_graphs.why_none(name, self.model.shapes[name])
 
     @property
     def _calibration_round(self) -> int:
@@ -261,16 +272,21 @@ class RoundPlanning:
         return choose(devices, size, rng, stratified=self._settings.stratified)
 
     def _shapes_for(self, key: RoundKey, device: DeviceRecord) -> list[str]:
-        """Shapes a device works on: its own; when calibrating also all that lie within it."""
+        """Shapes a device works on: its own; when calibrating also all that lie within it.
+
+        Where ranges are measured: of these the ones that have any.
+        """
         own = device.device_class
         if key.phase is not Phase.CALIBRATE or self._settings.calibrate_with == "class":
-            return [own]
-        wide = self.model.shapes[own]
-        return [
-            name
-            for name, keep in self.model.shapes.items()
-            if all(keep[g] <= wide[g] for g in wide)
-        ]
+            inside = [own]
+        else:
+            wide = self.model.shapes[own]
+            inside = [
+                name
+                for name, keep in self.model.shapes.items()
+                if all(keep[g] <= wide[g] for g in wide)
+            ]
+        return [name for name in inside if not is_ranges(key) or self._ranges(name)]
 
     def _task(
         self,
@@ -292,8 +308,8 @@ class RoundPlanning:
                 look = self._library.observe(shapes[name], criterion)
         else:
             graphs, portable = (self._library.observe(shapes[name], criterion),), ()
-            if is_ranges(key):
-                graphs = (self._library.ranges(shapes[name])[0],)
+            if is_ranges(key) and (counting := self._ranges(name)) is not None:
+                graphs = (counting[0],)
         seed = np.random.SeedSequence([settings.seed, key.number, key.step, device.id])
         return Task(
             task=f"{self._run}.{key.phase.value[0]}{key.number}.{key.step}.{device.id}.{place}",

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fleetprune.errors import FleetpruneError, MessageError
-from fleetprune.latency import LatencyModel
+from fleetprune.latency import LatencyModel, LatencyTable, Precision
 from fleetprune.layout import Architecture
 from fleetprune.messages import Task
 from fleetprune.result import Result, decode_result
@@ -28,10 +28,13 @@ log = logging.getLogger(__name__)
 SWEEPS = 3
 """Over all graphs: with at most a second for each of 24, a slow device takes little over a minute,
 which is within the time that a round waits."""
+STEPS = (Precision.FLOAT32, Precision.INT8)
+"""By the step of the round that asks: what was asked decides what answers are, and a fleet that
+comes to ship other files is asked again."""
 
 
 class TimeRound:
-    """Asks once per class and architecture; what devices measured is kept in the registry."""
+    """Asks once per class, architecture and precision; what devices measured is in the registry."""
 
     def __init__(
         self,
@@ -39,14 +42,22 @@ class TimeRound:
         planner: Planner,
         library: GraphLibrary,
         registry: Registry,
+        precision: Precision,
     ) -> None:
         """Teach the planner what the registry knows already.
+
+        Args:
+            architecture: Of the model.
+            planner: Gets to know latencies.
+            library: Makes the graphs that are timed.
+            registry: Where tables are kept.
+            precision: Of the files that budgets are planned for.
 
         Raises:
             BudgetError: A limit of latency is out of reach of what was measured.
         """
         self._architecture, self._planner = architecture, planner
-        self._library, self._registry = library, registry
+        self._library, self._registry, self._precision = library, registry, precision
         self._digest = digest(architecture)
         self.teach()
 
@@ -60,13 +71,22 @@ class TimeRound:
         for name, budget in self._planner.budgets.items():
             if budget.latency_ms is None:
                 continue
-            if (table := self._registry.latency(name, self._digest)) is not None:
+            if (table := self._known(name)) is not None:
                 learned[name] = LatencyModel.fit(self._architecture, table)
                 log.info(
-                    "class %s: %d devices timed %d shapes; predictions are within %.0f %%",
-                    name, table.devices, len(table.points), 100 * learned[name].error,
+                    "class %s: %d devices timed %d shapes in %s; predictions are within %.0f %%",
+                    name, table.devices, len(table.points), table.precision,
+                    100 * learned[name].error,
                 )  # fmt: skip
         self._planner.learn_latency(learned)
+
+    def _known(self, name: str) -> LatencyTable | None:
+        return self._registry.latency(name, self._digest, self._precision)
+
+    @property
+    def step(self) -> int:
+        """Of the round that asks."""
+        return STEPS.index(self._precision)
 
     @property
     def wanted(self) -> list[str]:
@@ -90,14 +110,14 @@ class TimeRound:
         """
         asked = timers(devices, self.wanted)
         graphs = {
-            name: [self._library.timed(keep) for keep in self._shapes(name)]
+            name: [self._library.timed(keep, self._precision) for keep in self._shapes(name)]
             for name in {device.device_class for device in asked}
         }
         return [
             (
                 device,
                 timing_task(
-                    f"{run}.m0.0.{device.id}",
+                    f"{run}.m0.{self.step}.{device.id}",
                     device.name,
                     device.device_class,
                     graphs[device.device_class],
@@ -109,12 +129,15 @@ class TimeRound:
             for device in asked
         ]
 
-    def take_in(self, answers: Iterable[bytes], tasks: Mapping[str, Task]) -> dict[str, Any]:
+    def take_in(
+        self, answers: Iterable[bytes], tasks: Mapping[str, Task], step: int
+    ) -> dict[str, Any]:
         """Keep what devices measured; `teach` lets it decide.
 
         Args:
             answers: Frames of kind RSLT, unverified; a bad one is noted and left out.
             tasks: Of the round, by name.
+            step: Of the round. It may have been opened when other files were to ship.
 
         Returns:
             Counts for people.
@@ -133,7 +156,7 @@ class TimeRound:
                 self._registry.add_event("refused", str(e))
                 refused += 1
         for name, measured in by_class.items():
-            for table in tables(name, self._shapes(name), measured):
+            for table in tables(name, STEPS[step], self._shapes(name), measured):
                 self._registry.set_latency(table, self._digest)
         for name in self.wanted:
             if name not in by_class:

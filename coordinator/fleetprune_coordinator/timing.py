@@ -14,7 +14,7 @@ from fleetprune.budgets import Grid
 from fleetprune.costs import CostModel
 from fleetprune.errors import MessageError
 from fleetprune.graphmeta import hashed
-from fleetprune.latency import LatencyPoint, LatencyTable
+from fleetprune.latency import LatencyPoint, LatencyTable, Precision
 from fleetprune.layout import Architecture
 from fleetprune.messages import Blob, GraphRef, Task, TaskKind
 from fleetprune.result import Result
@@ -180,12 +180,16 @@ def read_times(result: Result, shapes: int) -> Answer:
 
 
 def tables(
-    device_class: str, shapes: Sequence[Mapping[str, int]], answers: Iterable[Answer]
+    device_class: str,
+    precision: Precision,
+    shapes: Sequence[Mapping[str, int]],
+    answers: Iterable[Answer],
 ) -> list[LatencyTable]:
     """Put the answers of a class's devices together.
 
     Args:
         device_class: The class.
+        precision: Of the graphs that it timed.
         shapes: What was timed, in the order of the answers' values.
         answers: One per device.
 
@@ -208,6 +212,7 @@ def tables(
                 device_class=device_class,
                 runtime=runtime,
                 version=version,
+                precision=precision,
                 devices=len(of_one),
                 points=points,
             )

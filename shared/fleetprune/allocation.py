@@ -51,9 +51,11 @@ class Ladder:
         gains = np.zeros(levels.size)
         if scores is not None:
             for g, end, size in zip(groups, last, sizes, strict=True):
-                steps, values = grid.levels[g], scores[g]
-                for i in range(1, size):
-                    gains[end - size + 1 + i] = values[steps[i - 1] : steps[i]].sum()
+                steps, values = np.array(grid.levels[g]), scores[g]
+                found = gains[end - size + 2 : end + 1]
+                found[:] = values[steps[:-1]]
+                for i in np.flatnonzero(np.diff(steps) > 1):  # of several units
+                    found[i] = values[steps[i] : steps[i + 1]].sum()
         units = np.array(list(groups.values()), np.int64)
         return cls(levels, last - sizes + 1, last, gains, units)
 
@@ -131,12 +133,11 @@ def least_important(
         over = [i for i, limit in enumerate(limits) if figures[i] > limit]
         if not over:
             return route.places
-        added = route.walk.added()
-        saved = added[over[0]] / -limits[over[0]]
+        saved = route.walk.added(over[0]) / -limits[over[0]]
         for i in over[1:]:
-            saved += added[i] / -limits[i]
+            saved += route.walk.added(i) / -limits[i]
         # A step off the peak saves nothing by itself but may be what the peak needs next.
-        saved += -1e-6 * added[_MACS] / max(figures[_MACS], 1)
+        saved += -1e-6 * route.walk.added(_MACS) / max(figures[_MACS], 1)
         price.fill(np.inf)
         np.divide(lost, saved, out=price, where=saved > 0)
         group = int(price.argmin())  # the first of equal ones
@@ -159,14 +160,14 @@ def filled(
     route = Route(ladder, model, places, ladder.last, 1)
     limited = [i for i, limit in enumerate(limits) if limit < NO_LIMIT]
     while True:
-        figures, added = route.walk.figures(), route.walk.added()
+        figures = route.walk.figures()
         fits = route.open.copy()
         for i in limited:
-            fits &= added[i] <= limits[i] - figures[i]
+            fits &= route.walk.added(i) <= limits[i] - figures[i]
         able = np.flatnonzero(fits)
         if not able.size:
             return route.counts
-        macs = np.maximum(added[_MACS][able], 1)
+        macs = np.maximum(route.walk.added(_MACS)[able], 1)
         if allocation is Allocation.UNIFORM:
             share = route.counts[able] / ladder.units[able]
             able, macs = able[least := share == share.min()], macs[least]

@@ -14,10 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetprune.layout import Architecture, Axis, KeepCounts, Role
-from fleetprune.products import Ints, Product, Row, Sums, Walk
+from fleetprune.products import Ints, Places, Product, Row, Sums, Walk
 
 FIGURES = ("artifact_bytes", "peak_activation_bytes", "macs")
 """Names of the costs, in the order in which `CostWalk` gives them; a latency comes last."""
+_PEAK = FIGURES.index("peak_activation_bytes")
+_PLACES = (0, _PEAK, 1, 3)
+"""Of each figure among those of `CostModel._sizes`, which has no peak but parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +100,21 @@ class CostModel:
         kept = rows[~np.array(covered, np.bool_)]
         self._live: Ints = np.ascontiguousarray(kept[:, :-1])
         self._live_constants: Ints = kept[:, -1].copy()
+        self._by_group: Ints = self._live.T.copy()
         # Per group the operators that it has a part in, group by group.
         group_of, live_of = np.nonzero(self._live.T)
         self._group_of: NDArray[np.intp] = group_of
         self._live_of: NDArray[np.intp] = live_of
         self._slope_of: Ints = self._live[live_of, group_of]
         self._present, self._starts = np.unique(group_of, return_index=True)
+        self._held: dict[int, tuple[Places, Ints]] = {}
+
+    def _held_at(self, operator: int) -> tuple[Places, Ints]:
+        """Groups that an operator holds something of, and (operators, groups) of these alone."""
+        if operator not in self._held:
+            groups = np.flatnonzero(self._live[operator])
+            self._held[operator] = groups, np.ascontiguousarray(self._live[:, groups])
+        return self._held[operator]
 
     def with_latency(self, products: Iterable[Product]) -> "CostModel":
         """The same model with another latency."""
@@ -152,36 +164,37 @@ class CostWalk:
         self._model, self._steps = model, steps.copy()
         self._sizes = Walk(model._sizes, counts, steps)
         self._live = model._live_bytes(counts)
+        self._top = int(self._live.max(initial=0))
         self._down = bool((steps < 0).any())
 
     def figures(self) -> list[int]:
         """The costs in the order of `FIGURES`, then the latency."""
         weights, macs, _, latency = self._sizes.figures.tolist()
-        return [self._model._overhead + weights, self._peak(), macs, latency]
+        return [self._model._overhead + weights, self._top, macs, latency]
 
-    def added(self) -> list[Ints]:
-        """(groups,) for each of `figures`: what one group's step alone adds."""
-        weights, macs, _, latency = self._sizes.added
-        return [weights, self._peaks() - self._peak(), macs, latency]
+    def added(self, figure: int) -> Ints:
+        """(groups,) what one group's step alone adds to one of `figures`, by its place there."""
+        if figure == _PEAK:  # asked for only where it is limited: it takes longer than the others
+            return self._peaks() - self._top
+        added: Ints = self._sizes.added[_PLACES[figure]]
+        return added
 
     def move(self, group: int, then: int) -> None:
         """Take a group's step; `then` units is its next one."""
-        self._live = self._live + self._model._live[:, group] * self._steps[group]
+        self._live = self._live + self._model._by_group[group] * self._steps[group]
+        self._top = int(self._live.max(initial=0))
         self._steps[group] = then
         self._sizes.move(group, then)
 
-    def _peak(self) -> int:
-        return int(self._live.max(initial=0))
-
     def _peaks(self) -> Ints:
         """(groups,) the peak after each group's step."""
-        m, top = self._model, self._peak()
+        m, top = self._model, self._top
         peaks = np.full(self._steps.shape, top, np.int64)
         if not m._starts.size:
             return peaks
         if self._down:  # only a group of which the operator at the peak holds something matters
-            lower = np.flatnonzero(m._live[int(self._live.argmax())])
-            moved = self._live[:, None] + m._live[:, lower] * self._steps[lower]
+            lower, live = m._held_at(int(self._live.argmax()))
+            moved = self._live[:, None] + live * self._steps[lower]
             peaks[lower] = moved.max(axis=0)
         else:
             moved = self._live[m._live_of] + m._slope_of * self._steps[m._group_of]

@@ -12,6 +12,7 @@ The error is stated by the table itself: each of its shapes is predicted from al
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 from typing import Self
 
@@ -35,6 +36,13 @@ _DENSE = 2**48
 Floats = NDArray[np.float64]
 
 
+class Precision(StrEnum):
+    """What numbers a file computes with: one takes other times than the other."""
+
+    FLOAT32 = "float32"
+    INT8 = "int8"
+
+
 class LatencyPoint(BaseModel):
     """What one shape takes."""
 
@@ -48,13 +56,15 @@ class LatencyPoint(BaseModel):
 
 
 class LatencyTable(BaseModel):
-    """What devices of one class measured with one version of one runtime."""
+    """What devices of one class measured with one version of one runtime, in one precision."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     device_class: str
     runtime: str
     version: str
+    precision: Precision
+    """Of the files that were timed."""
     devices: int = Field(ge=1)
     """How many measured."""
     points: tuple[LatencyPoint, ...]

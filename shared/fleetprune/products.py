@@ -49,10 +49,9 @@ class Parts:
     starts: Places
     """Where the pairs of each of `present` begin."""
 
-    def of(self, products: Places) -> "tuple[Places, Parts]":
-        """Which pairs have one of some products, and these alone."""
-        which = np.flatnonzero(np.isin(self.products, products))
-        return which, Parts.sorted(
+    def of(self, which: Places) -> "Parts":
+        """Some pairs alone, by their places, which rise."""
+        return Parts.sorted(
             self.groups[which],
             self.products[which],
             np.ascontiguousarray(self.slopes[:, which]),
@@ -65,8 +64,8 @@ class Parts:
         cls, groups: Places, products: Places, slopes: Ints, blocks: Ints | None, weights: Ints
     ) -> "Parts":
         """Of pairs that stand group by group."""
-        present, starts = np.unique(groups, return_index=True)
-        return cls(groups, products, slopes, blocks, weights, present, starts)
+        starts = np.flatnonzero(np.append(True, groups[1:] != groups[:-1])[: groups.size])
+        return cls(groups, products, slopes, blocks, weights, groups[starts], starts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +120,10 @@ class Sums:
             None if self.blocks is None else self.blocks[:, product_of],
             self.weights[:, product_of],
         )
+        self._pairs = np.argsort(product_of, kind="stable")
+        """Places of pairs, product by product."""
+        self._ends: Places = np.searchsorted(product_of[self._pairs], np.arange(len(merged) + 1))
+        """Where those of each product begin."""
         self._near: dict[int, Near] = {}
 
     def at(self, counts: Ints) -> Ints:
@@ -135,11 +138,14 @@ class Sums:
         """What a group's step changes."""
         if group not in self._near:
             products = self.parts.products[self.parts.groups == group]
+            pairs = [self._pairs[self._ends[p] : self._ends[p + 1]] for p in products]
+            which = np.sort(np.concatenate([np.zeros(0, np.intp), *pairs]))
             self._near[group] = Near(
                 products,
                 self.slopes[:, products, group],
                 None if self.blocks is None else self.blocks[:, products],
-                *self.parts.of(products),
+                which,
+                self.parts.of(which),
             )
         return self._near[group]
 
@@ -197,5 +203,9 @@ def multiplied(lengths: Ints, blocks: Ints | None) -> Ints:
     """(n,) products of (depth, n) lengths, each rounded up to its block (depth, n)."""
     if blocks is not None:
         lengths = -(-lengths // blocks) * blocks
-    product: Ints = np.multiply.reduce(lengths, axis=0, dtype=np.int64)
+    if not len(lengths):
+        return np.ones(lengths.shape[1], np.int64)
+    product: Ints = lengths[0].copy()
+    for length in lengths[1:]:  # one or two: faster than a reduction
+        product *= length
     return product

@@ -5,6 +5,7 @@ a budget can be met at all, and no step is taken without knowing what it comes t
 cannot be met is refused with the smallest figures that can.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -104,8 +105,11 @@ class BudgetSolver:
                 g: min([units, *(solved[n].keep[g] for n in around)])
                 for g, units in self._groups.items()
             }
-            grid = self._grids[name].under(ceiling)
-            keep = self._one(name, budgets[name], grid, scores)
+            if around:
+                grid = self._grids[name].under(ceiling)
+                keep = self._one(name, budgets[name], grid, scores)
+            else:
+                keep = alone(name)
             solved[name] = Nested(keep, ceiling, tuple(around))
         return {name: solved[name] for name in budgets}
 
@@ -145,13 +149,9 @@ class BudgetSolver:
         ladder = Ladder.of(self._grids[name].under(ceiling), self._groups)
         counts = self._costs.vector(keep)
         route = Route(ladder, self._model(name), ladder.at_most(counts), ladder.last, 1)
-        added, figures, limits = (
-            route.walk.added(),
-            route.walk.figures(),
-            self._limits(name, budget),
-        )
+        figures, limits = route.walk.figures(), self._limits(name, budget)
         refused = {
-            key: int((route.open & (added[i] > limits[i] - figures[i])).sum())
+            key: int((route.open & (route.walk.added(i) > limits[i] - figures[i])).sum())
             for i, key in enumerate(KEYS)
             if limits[i] < NO_LIMIT
         }
@@ -206,7 +206,11 @@ class BudgetSolver:
             for n, budget in budgets.items()
         }
         timed = {widths[n] for n, budget in budgets.items() if self._latency_limit(n, budget)}
-        macs = {n: self._costs.costs(alone(n)).macs if widths[n] in timed else 0 for n in budgets}
+        equal = {key for key, count in Counter(widths.values()).items() if count > 1}
+        macs = {
+            n: self._costs.costs(alone(n)).macs if widths[n] in timed & equal else 0
+            for n in budgets
+        }
         return sorted(budgets, key=lambda n: (widths[n], macs[n]), reverse=True)
 
     def _covers(

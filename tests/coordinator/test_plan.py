@@ -7,7 +7,7 @@ import torch
 from fleetprune.budgets import Allocation, Budget
 from fleetprune.costs import CostModel, Costs
 from fleetprune.errors import BudgetError
-from fleetprune.latency import LatencyModel, LatencyPoint, LatencyTable
+from fleetprune.latency import LatencyModel, LatencyPoint, LatencyTable, Precision
 from fleetprune.layout import Activation, Architecture, Role, Segment, TensorSpec
 from fleetprune.protection import Protection
 from fleetprune.schedule import Schedule
@@ -112,7 +112,12 @@ def test_memory_is_eased_at_its_batch():
 def latency(ms_per_unit=0.01):
     points = [LatencyPoint(keep={"h": n}, median_ms=ms_per_unit * n) for n in (32, 24, 16, 8, 4)]
     table = LatencyTable(
-        device_class="phone", runtime="r", version="1", devices=2, points=tuple(points)
+        device_class="phone",
+        runtime="r",
+        version="1",
+        precision=Precision.FLOAT32,
+        devices=2,
+        points=tuple(points),
     )
     return {"phone": LatencyModel.fit(NET, table)}, {"phone": table}
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from fleetprune.costs import CostModel
 from fleetprune.errors import BudgetError, ConfigError, TraceError
-from fleetprune.latency import LatencyPoint, LatencyTable
+from fleetprune.latency import LatencyPoint, LatencyTable, Precision
 from fleetprune_coordinator.config import load_fleet_config
 from fleetprune_coordinator.coordinator import load_model
 from fleetprune_coordinator.describe import describe
@@ -63,7 +63,7 @@ def change(config: Path, old: str, new: str) -> None:
     config.write_text(text.replace(old, new))
 
 
-def measured(config: Path, ms_per_mac: float) -> None:
+def measured(config: Path, ms_per_mac: float, precision: Precision = Precision.FLOAT32) -> None:
     """Put a table of the meters into the registry."""
     fleet = load_fleet_config(config)
     architecture = describe(load_model(fleet), torch.zeros(1, 5), fleet)
@@ -77,6 +77,7 @@ def measured(config: Path, ms_per_mac: float) -> None:
         device_class="meter",
         runtime="onnxruntime",
         version="1.32.0",
+        precision=precision,
         devices=3,
         points=tuple(points),
     )
@@ -100,7 +101,7 @@ def test_a_plan_for_people(config, monkeypatch):
     assert ["2", "16", "16", "8"] in rows
     assert ["MACs", "720", "720", "336"] in rows
     assert lines[-1] == (
-        "meter: latency_ms is not planned for, its devices have measured nothing yet"
+        "meter: latency_ms is not planned for, no device has timed files in float32 yet"
     )
 
 
@@ -127,12 +128,29 @@ def test_what_devices_measured_is_planned_with(config):
     assert ["latency_ms", "5", "4.64", "92.8", "%", "24", "units", "yes"] in rows
     assert ["predicted", "ms", "-", "4.64"] in rows
     assert (
-        "meter: 3 of its devices timed 6 shapes with onnxruntime 1.32.0; predictions are within 0 %"
+        "meter: 3 of its devices timed 6 shapes in float32 with onnxruntime 1.32.0; "
+        "predictions are within 0 %"
     ) in done.stdout
     meter = json.loads(call(str(config), "--json").stdout)["classes"]["meter"]
     assert meter["keep"] == {"0": 16, "2": 8}
-    assert meter["latency"]["shapes"] == 6
+    assert (meter["latency"]["shapes"], meter["latency"]["precision"]) == (6, "float32")
     assert meter["latency"]["predicted_ms"] == pytest.approx(4.64)
+
+
+@pytest.mark.parametrize(("int8", "told"), [("true", "int8"), ('"auto"', "float32")])
+def test_only_what_was_timed_of_the_files_that_ship_is_planned_with(config, int8, told):
+    """0.02 ms per MAC in float32 allow 250 MACs, 0.01 in int8 would allow 500."""
+    measured(config, ms_per_mac=0.02)
+    change(config, "[classes.hub]", f"[pruning]\nint8 = {int8}\n\n[classes.hub]")
+    if told == "int8":
+        assert (
+            "meter: latency_ms is not planned for, no device has timed files in int8 yet"
+        ) in call(str(config)).stdout
+    measured(config, ms_per_mac=0.01, precision=Precision.INT8)
+    assert f"timed 6 shapes in {told} with onnxruntime 1.32.0" in call(str(config)).stdout
+    meter = json.loads(call(str(config), "--json").stdout)["classes"]["meter"]
+    assert meter["latency"]["precision"] == told
+    assert meter["costs"]["macs"] == {"int8": 336, "float32": 232}[told]  # 360 of MACs alone
 
 
 def test_a_table_of_another_model_is_not_used(config):

@@ -3,7 +3,7 @@ import pytest
 
 from fleetprune.budgets import Grid
 from fleetprune.errors import MessageError
-from fleetprune.latency import LatencyModel
+from fleetprune.latency import LatencyModel, Precision
 from fleetprune.messages import GraphRef, ResultHeader, TaskKind
 from fleetprune.result import Result
 from fleetprune_coordinator.records import DeviceRecord
@@ -150,19 +150,21 @@ def test_a_table_per_runtime_and_version_has_the_median_of_its_devices():
         Answer("r", "2", (90.0, 3.0), (0.5, 0.3)),
         Answer("r", "1", (8.0, 7.0), (0.8, 0.7)),
     ]
-    old, new = tables("phone", shapes, answers)
+    old, new = tables("phone", Precision.INT8, shapes, answers)
     assert (old.version, old.devices) == ("1", 1)
+    assert old.precision is new.precision is Precision.INT8
     assert (new.device_class, new.runtime, new.version, new.devices) == ("phone", "r", "2", 3)
     assert [p.keep for p in new.points] == shapes
     assert [p.median_ms for p in new.points] == [6.0, 2.0]
     assert [p.spread_ms for p in new.points] == [0.5, 0.2]
-    assert tables("phone", shapes, []) == []
+    assert tables("phone", Precision.INT8, shapes, []) == []
 
 
 def test_the_tables_shapes_are_enough_for_a_model():
     shapes = shapes_to_time(NET, GRID)
     took = [0.5 + keep["a"] * keep["b"] / 1000 for keep in shapes]
-    (table,) = tables("phone", shapes, [Answer("r", "1", tuple(took), (0.0,) * len(took))])
+    answer = Answer("r", "1", tuple(took), (0.0,) * len(took))
+    (table,) = tables("phone", Precision.FLOAT32, shapes, [answer])
     model = LatencyModel.fit(NET, table)
     assert model.error < 1e-6
     assert model.predict({"a": 20, "b": 20}) == pytest.approx(0.9)

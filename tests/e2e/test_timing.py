@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fleetprune.budgets import Budget, Grid
-from fleetprune.latency import LatencyModel
+from fleetprune.latency import LatencyModel, Precision
 from fleetprune.messages import GraphRef
 from fleetprune.result import decode_result
 from fleetprune.schedule import Schedule
@@ -57,11 +57,11 @@ def test_from_question_to_keep_counts(tmp_path: Path) -> None:
         task = timing_task(f"t.{name}", name, "meter", graphs, sweeps=2, runs=5)
         frame = device(name)(task.to_bytes(), shelf.files.__getitem__)
         answers.append(read_times(decode_result(frame), len(shapes)))
-    (table,) = tables("meter", shapes, answers)
+    (table,) = tables("meter", Precision.FLOAT32, shapes, answers)
     with Registry.open(tmp_path, time.time) as registry:
         registry.set_classes({"meter": False})
         registry.set_latency(table, digest(architecture))
-        known = registry.latency("meter", digest(architecture))
+        known = registry.latency("meter", digest(architecture), Precision.FLOAT32)
     assert known == table
     assert known.devices == 2
     fitted = LatencyModel.fit(architecture, known)

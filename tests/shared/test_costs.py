@@ -184,7 +184,7 @@ def test_a_walk_knows_what_each_step_adds(case, direction, moves):
         assert model.figures(model.vector(keep)) == now
         for i, g in enumerate(GROUPS):
             after = figures({**keep, g: keep[g] + ahead(g)})
-            assert [int(added[i]) for added in walk.added()] == [
+            assert [int(walk.added(figure)[i]) for figure in range(4)] == [
                 b - a for a, b in zip(now, after, strict=True)
             ]
         keep[GROUPS[move]] += ahead(GROUPS[move])

@@ -9,6 +9,7 @@ from fleetprune.latency import (
     LatencyModel,
     LatencyPoint,
     LatencyTable,
+    Precision,
     fit_relative,
     non_negative,
 )
@@ -29,7 +30,12 @@ SHAPES = (64, 48, 32, 16, 8, 24, 40)
 def table(times, groups=("a",)):
     points = [LatencyPoint(keep=dict.fromkeys(groups, n), median_ms=ms) for n, ms in times.items()]
     return LatencyTable(
-        device_class="phone", runtime="r", version="1", devices=3, points=tuple(points)
+        device_class="phone",
+        runtime="r",
+        version="1",
+        precision=Precision.FLOAT32,
+        devices=3,
+        points=tuple(points),
     )
 
 

@@ -1,12 +1,15 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetprune.budgets import Allocation, Budget, Grid
-from fleetprune.costs import CostModel
+from fleetprune.costs import FIGURES, CostModel, axis_row
 from fleetprune.errors import BudgetError
-from fleetprune.latency import LatencyModel, LatencyPoint, LatencyTable
+from fleetprune.latency import LatencyModel, LatencyPoint, LatencyTable, Precision
+from fleetprune.products import Product
 from fleetprune.protection import UNPROTECTED, Protection
 from fleetprune.solver import BudgetSolver
 from tests.shared import plain_solver
@@ -202,7 +205,12 @@ def timed(net=NET, slow=1.0):
         ms = slow * (0.1 + model.costs(keep).macs * 1e-6)
         points.append(LatencyPoint(keep=keep, median_ms=ms))
     table = LatencyTable(
-        device_class="c", runtime="r", version="1", devices=1, points=tuple(points)
+        device_class="c",
+        runtime="r",
+        version="1",
+        precision=Precision.FLOAT32,
+        devices=1,
+        points=tuple(points),
     )
     return LatencyModel.fit(net, table)
 
@@ -280,6 +288,43 @@ def fleets(draw):
             batch=batch,
         )
     return net, grid, budgets
+
+
+def stepwise(net) -> LatencyModel:
+    """A latency that rises in blocks of 4 units; a millisecond is its unit."""
+    column = {g: i for i, g in enumerate(net.groups)}
+    rows = [tuple(axis_row(axis, column) for axis in spec.axes) for spec in net.tensors]
+    products = (Product((), (100,)), *(Product(lengths, (3,), 4) for lengths in rows))
+    return LatencyModel(tuple(net.groups), products, unit_ms=1.0, error=0.1, worst=0.1, block=4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(fleets(), st.sampled_from(Allocation), st.lists(st.floats(0, 1), min_size=4, max_size=4))
+def test_with_latencies_the_same_as_asking_for_every_cost_anew(case, how, shares):
+    net, grid, budgets = case
+    model, latency, scores = CostModel(net), stepwise(net), falling(net.groups, 0)
+    least, most = latency.at_most(grid.smallest()), latency.at_most(net.groups)
+    budgets = {
+        name: budget.model_copy(update={"latency_ms": least + 1 + share * (most - least)})
+        for (name, budget), share in zip(budgets.items(), shares, strict=False)
+    }
+
+    def costs(keep):
+        return SimpleNamespace(**vars_of(model.costs(keep)), latency=int(latency.predict(keep)))
+
+    s = BudgetSolver(
+        model, dict.fromkeys(budgets, grid), allocation=how, latency=dict.fromkeys(budgets, latency)
+    )
+    for name, found in s.nest(budgets, scores).items():
+        limits = budgets[name].limits() | {"latency": latency.cap(budgets[name].latency_ms)}
+        budget = SimpleNamespace(limits=lambda limits=limits: limits)
+        assert found.keep == plain_solver.solve(
+            costs, grid, budget, scores, allocation=how, ceiling=found.ceiling
+        )
+
+
+def vars_of(found):
+    return {name: getattr(found, name) for name in FIGURES}
 
 
 @settings(deadline=None, max_examples=60)

@@ -15,7 +15,7 @@ from fleetprune_coordinator.graphs import (  # noqa: F401  (registers the loweri
 )
 from fleetprune_coordinator.graphs.export_infer import export_infer
 from fleetprune_coordinator.graphs.export_observe import export_observe
-from fleetprune_coordinator.graphs.export_ranges import export_ranges
+from fleetprune_coordinator.graphs.export_ranges import check_countable, export_ranges
 from fleetprune_coordinator.graphs.export_train import export_train_step
 from fleetprune_coordinator.graphs.types import Fixed, GateMember, Graph, Student, finished
 from fleetprune_coordinator.graphs.verification import graph_meta
@@ -25,6 +25,7 @@ __all__ = [
     "GateMember",
     "Graph",
     "Student",
+    "check_countable",
     "export_infer",
     "export_observe",
     "export_ranges",

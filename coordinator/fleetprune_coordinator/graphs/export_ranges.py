@@ -65,7 +65,7 @@ def export_ranges(model: nn.Module, example: torch.Tensor, *, batch: int) -> Gra
             integers, a tensor mixes samples, or the graph computes something else than torch.
     """
     if example.dtype != torch.float32:
-        raise GraphError(f"ranges of a model whose input is {example.dtype}, expected float32")
+        raise _not_float(example)
     # Random weights: equal ones would be written once, and their nodes counted once.
     twin = randomised(prepare(model), torch.float32)
     params = {n: p.detach() for n, p in twin.named_parameters()}
@@ -93,6 +93,30 @@ def export_ranges(model: nn.Module, example: torch.Tensor, *, batch: int) -> Gra
     onnx = writer.serialize({METADATA_KEY: meta.to_json()})
     check.check_here(onnx, meta)
     return finished(onnx, meta)
+
+
+def check_countable(model: nn.Module, example: torch.Tensor) -> None:
+    """Refuse a model of which `export_ranges` makes no graph because of what its tensors are.
+
+    Args:
+        model: Any weights.
+        example: (n, *shape); the shape and the type count.
+
+    Raises:
+        GraphError: The input is not float32, nothing can run on integers, or a tensor mixes
+            samples.
+    """
+    if example.dtype != torch.float32:
+        raise _not_float(example)
+    twin = randomised(prepare(model), torch.float32)
+    try:
+        _chosen(trace_inference(twin, example), example)
+    except NotLoweredError as e:
+        raise explain(e, model, example[:1]) from e
+
+
+def _not_float(example: torch.Tensor) -> GraphError:
+    return GraphError(f"ranges of a model whose input is {example.dtype}, expected float32")
 
 
 def _write(
@@ -133,17 +157,28 @@ def _counted(
     They are chosen in the file itself, which stores its weights; here they are computed from the
     input. What depends on the samples is made by the same operators in the same order.
     """
-    shipped, choice = prepared(inference_file(inference, example))
-    if len(choice.tensors) < 2:  # the input alone
-        raise GraphError("the model has no operator that can run on integers")
+    shipped, tensors, blocks = _chosen(inference, example)
     source = shipped.graph.input[0].name
     theirs, ours = _made_of(shipped.graph.node, source), _made_of(nodes, x)
     if [kind for _, kind in theirs] != [kind for _, kind in ours]:
         raise GraphError("the graph that counts values has other operators than the file")
     names = {source: x} | {a: b for (a, _), (b, _) in zip(theirs, ours, strict=True)}
+    return [(names[name], at) for name, at in zip(tensors, blocks, strict=True)]
+
+
+def _chosen(
+    inference: Inference, example: torch.Tensor
+) -> tuple[onnx.ModelProto, tuple[str, ...], list[int]]:
+    """The file as it is quantised, the tensors of it that are, and how their samples lie."""
+    shipped, choice = prepared(inference_file(inference, example))
+    if len(choice.tensors) < 2:  # the input alone
+        raise GraphError("the model has no operator that can run on integers")
     samples = np.random.default_rng(0).normal(size=(SAMPLES, *example.shape[1:]))
-    blocks = blocks_before(shipped, choice.tensors, samples.astype(np.float32))
-    return [(names[name], at) for name, at in zip(choice.tensors, blocks, strict=True)]
+    return (
+        shipped,
+        choice.tensors,
+        blocks_before(shipped, choice.tensors, samples.astype(np.float32)),
+    )
 
 
 def _made_of(nodes: Sequence[onnx.NodeProto], x: str) -> list[tuple[str, str]]:

@@ -1,5 +1,7 @@
 """The graph that counts values, against the tensors of the inference file."""
 
+from functools import partial
+
 import numpy as np
 import onnxruntime as ort
 import prunable_nets as nets
@@ -14,7 +16,7 @@ from fleetprune_agent.data import Batches
 from fleetprune_agent.observer import observe
 from fleetprune_agent.runtime import session_meta, training_session, verify
 from fleetprune_coordinator.graphs import export_infer
-from fleetprune_coordinator.graphs.export_ranges import export_ranges
+from fleetprune_coordinator.graphs.export_ranges import check_countable, export_ranges
 from fleetprune_coordinator.graphs.sample_axes import blocks_before
 from fleetprune_coordinator.quantise import prepared
 from fleetprune_coordinator.resize import read
@@ -145,9 +147,10 @@ def test_where_samples_lie():
 
 
 def fails(model, example, message):
-    with pytest.raises(GraphError) as caught:
-        export_ranges(model, example, batch=4)
-    assert str(caught.value) == message
+    for refused in (partial(export_ranges, batch=4), check_countable):
+        with pytest.raises(GraphError) as caught:
+            refused(model, example)
+        assert str(caught.value) == message
 
 
 def test_errors():
@@ -161,3 +164,6 @@ def test_errors():
         torch.zeros(1, 4),
         "the model has no operator that can run on integers",
     )
+    apart = nets.Wired(lambda m, x: m.fc(x - x.mean(0, keepdim=True)), fc=nn.Linear(4, 2))
+    with pytest.raises(GraphError, match=r"^the output \w+ of Sub mixes the samples of a batch: "):
+        check_countable(apart, torch.zeros(1, 4))

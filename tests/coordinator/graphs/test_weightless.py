@@ -7,6 +7,7 @@ import torch
 from fleetprune.graphmeta import METADATA_KEY, parse_graph_meta
 from fleetprune_coordinator.graphs import export_infer
 from fleetprune_coordinator.graphs.weightless import weightless
+from fleetprune_coordinator.quantise import no_ranges, quantise
 from fleetprune_sim import models
 
 MODELS = {
@@ -32,6 +33,23 @@ def test_the_same_operators_run_and_the_file_is_small(name, tmp_path):
     light = weightless(real)
     assert operators(light, tmp_path) == operators(real, tmp_path)
     assert len(light) < 8000 < len(real)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_integer_kernels_run_without_the_weights(name, tmp_path):
+    make, shape = MODELS[name]
+    whole = export_infer(make(), torch.zeros(1, *shape)).onnx
+    real = quantise(whole, no_ranges(whole))
+    light = weightless(real)
+    ran = operators(light, tmp_path)
+    assert ran == operators(real, tmp_path)
+    assert "QGemm" in ran
+    assert not {"Conv", "Gemm", "MatMul"}.intersection(ran)
+    assert len(light) < 9000 < len(real)
+    session = ort.InferenceSession(light, providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": np.ones((1, *shape), np.float32)})
+    assert y.shape == (1, 10)
+    assert np.isfinite(y).all()
 
 
 def test_activations_stay_of_the_size_of_the_inputs():
