@@ -313,6 +313,10 @@ class Fleet:
         """How often the device's log says that it has answered a task."""
         return self._log(device).read_text().count(f"task {task} is answered")
 
+    def connections(self, device):
+        """How often the device's log says that it is connected."""
+        return self._log(device).read_text().count("connected to broker")
+
     def predict(self, device):
         """What `fleetprune agent predict` says: the release it used, and the predictions."""
         samples = ("--input", str(self.root / "samples.npy"))

@@ -188,12 +188,17 @@ def test_a_round_survives_its_broker_and_a_stop_and_ends_without_a_silent_device
         opened = fleet.open_tasks()
         assert coordinator.end(within=timeout_s - 1) == 0
         assert fleet.open_tasks() == opened
-        fleet.start_coordinator()
+        coordinator = fleet.start_coordinator()
         (away,) = fleet.wait("a round without it", lambda: fleet.rounds_of("d3", TaskState.LATE))
         d3.thaw()
         answered = fleet.wait("a round with it", lambda: _after(fleet, "d3", away))
+        # The rounds that are left take less time than the device's start: nobody is to miss it.
+        coordinator.freeze()
         d3.kill()
+        connections = fleet.connections("d3")
         fleet.start_agents("d3")
+        fleet.wait("its return", lambda: fleet.connections("d3") > connections)
+        coordinator.thaw()
 
         fleet.finish()
         (closed,) = [e for e in fleet.events("round") if e["round"] == away[1]]
