@@ -167,7 +167,7 @@ class Planner:
 
     def of_units(self, budget: Budget) -> Budget:
         """What of a budget units answer for: where weights are pruned, they answer for bytes."""
-        if not self.weights.rule.granularity.weights:
+        if not self.weights.names:  # not wanted, or all layers are spared
             return budget
         return budget.model_copy(update={"flash_bytes": None})
 

@@ -319,3 +319,12 @@ def test_blocks_are_whole():
     for mask in masks.values():
         assert set(mask.reshape(10, 4, 40).sum(axis=1).ravel().tolist()) == {0, 4}
     assert plan.weights.bytes(KEEP, masks) <= 5000
+
+
+def test_bytes_are_limited_where_all_layers_are_spared():
+    hybrid = WeightRule(Granularity.HYBRID, dense_layers=("*",))
+    plan = planner(Budget(flash_bytes=9000), hybrid)
+    keep = plan.shapes(1, {"h": np.zeros(40, np.float32)})["phone"]  # units answer for them
+    assert plan.costs(keep).artifact_bytes <= 9000 < plan.dense.artifact_bytes
+    whole = replace(hybrid, granularity=Granularity.WEIGHT)
+    assert "flash_bytes 9000 cannot be met" in refusal(Budget(flash_bytes=9000), whole)
