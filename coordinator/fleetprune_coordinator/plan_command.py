@@ -135,7 +135,9 @@ def _limits(planner: Planner, plans: Mapping[str, ClassPlan]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("binds", no_wrap=True)
     for name, found in plans.items():
-        if not found.limits:
+        ms = planner.budgets[name].latency_ms
+        untimed = ms is not None and all(limit.key != "latency_ms" for limit in found.limits)
+        if not found.limits and not untimed:
             table.add_row(name, "none", "-", "-", "-", f"{units} units", "")
         for i, limit in enumerate(found.limits):
             alone = sum(limit.alone.values())
@@ -148,6 +150,9 @@ def _limits(planner: Planner, plans: Mapping[str, ClassPlan]) -> Table:
                 f"{alone} units",
                 "yes" if limit.key == found.binds else "partly" if limit.refuses else "",
             )
+        if untimed:
+            first = "" if found.limits else name
+            table.add_row(first, "latency_ms", f"{ms:.4g}", "not timed yet", "-", "-", "")
     return table
 
 
@@ -185,7 +190,8 @@ def _notes(
     if budget.batch > 1 and budget.ram_bytes is not None:
         yield f"memory is meant at batch {budget.batch}"
     if found.nesting:
-        yield f"{found.nesting} groups are as wide as {found.around[-1]} has them"
+        groups = "1 group is" if found.nesting == 1 else f"{found.nesting} groups are"
+        yield f"{groups} as wide as {found.around[-1]} has them"
     if table is not None and model is not None:
         yield (
             f"{table.devices} of its devices timed {len(table.points)} shapes in "

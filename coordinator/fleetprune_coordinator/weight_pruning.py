@@ -178,9 +178,13 @@ class WeightPruning:
             for keep in (whole, *cut):
                 if (why := pattern.misfit(spec.shape(keep))) is not None:
                     layer = spec.name.rpartition(".")[0]
+                    # What is wrong with the uncut layer, no multiple can mend.
+                    mended = (
+                        "" if keep is whole else ", or set channel_multiple to a multiple of it"
+                    )
                     raise BudgetError(
-                        f"class {name}: layer {layer} may have {why} (pattern {pattern}); name it "
-                        "in pruning.dense_layers, or set channel_multiple to a multiple of it"
+                        f"class {name}: layer {layer} {'has' if keep is whole else 'may have'} "
+                        f"{why} (pattern {pattern}); name it in pruning.dense_layers{mended}"
                     )
 
 
