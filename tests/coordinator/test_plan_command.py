@@ -97,6 +97,7 @@ def test_a_plan_for_people(config, monkeypatch):
     rows = [line.split() for line in lines if line]
     assert ["hub", "none", "-", "-", "-", "48", "units"] in rows
     assert ["meter", "macs", "360", "336", "93.3", "%", "32", "units", "yes"] in rows
+    assert any(row[:1] == ["latency_ms"] and row[2:5] == ["not", "timed", "yet"] for row in rows)
     assert ["0", "32", "32", "24"] in rows
     assert ["2", "16", "16", "8"] in rows
     assert ["MACs", "720", "720", "336"] in rows
