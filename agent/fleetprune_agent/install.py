@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fleetprune.errors import GraphError, InstallError, TrustError
 from fleetprune.files import free_bytes
-from fleetprune.messages import Manifest
+from fleetprune.manifest import Manifest
 from fleetprune_agent.serving import Model, load_model
 from fleetprune_agent.slot_files import GOLDEN, MODEL
 from fleetprune_agent.slots import MAX_STARTS, Slots

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from fleetprune.errors import DataError, GraphError, InstallError
-from fleetprune.messages import Manifest
+from fleetprune.manifest import Manifest
 from fleetprune_agent.runtime import inference_session
 from fleetprune_agent.slot_files import Installed, State
 from fleetprune_agent.slots import Slots

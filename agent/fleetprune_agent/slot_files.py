@@ -14,7 +14,8 @@ from pydantic import Field
 
 from fleetprune.errors import MessageError
 from fleetprune.files import sha256_of, storage_errors, sync_folder
-from fleetprune.messages import Manifest, Message, Sha256
+from fleetprune.manifest import Manifest
+from fleetprune.messages import Message, Sha256
 
 MODEL = "model.onnx"
 GOLDEN = "golden.npz"

@@ -24,7 +24,7 @@ from typing import cast
 
 from fleetprune.errors import InstallError
 from fleetprune.files import make_folder, sha256_of, storage_errors, sync_file, write_atomic
-from fleetprune.messages import Manifest
+from fleetprune.manifest import Manifest
 from fleetprune_agent.slot_files import (
     GOLDEN,
     MODEL,

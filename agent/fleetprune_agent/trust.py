@@ -37,7 +37,8 @@ from fleetprune.files import (
     sync_folder,
     write_atomic,
 )
-from fleetprune.messages import MAX_MESSAGE, Manifest
+from fleetprune.manifest import Manifest
+from fleetprune.messages import MAX_MESSAGE
 
 _OTHER_ROOT = " that this device's root of trust names: is it the root.json of this fleet?"
 MAX_MANIFEST = MAX_MESSAGE // 2  # bytes; a slot's record holds the manifest and must fit a message

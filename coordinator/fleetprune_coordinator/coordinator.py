@@ -19,7 +19,7 @@ from torch import nn
 
 from fleetprune.errors import BudgetError, ConfigError
 from fleetprune.graphmeta import noise
-from fleetprune.messages import Manifest
+from fleetprune.manifest import Manifest
 from fleetprune.schedule import Curve
 from fleetprune_coordinator.artifacts import Artifact, accuracy, build, without_zeros
 from fleetprune_coordinator.config import FleetConfig

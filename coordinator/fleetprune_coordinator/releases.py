@@ -32,7 +32,8 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # tuf re-exports w
 
 from fleetprune.errors import ConfigError, RegistryError
 from fleetprune.files import make_folder, write_atomic
-from fleetprune.messages import GraphRef, Manifest
+from fleetprune.manifest import Manifest
+from fleetprune.messages import GraphRef
 from fleetprune_coordinator.keys import Expiry, load_signers, meta_file, sign
 
 MAX_TARGET_PATH = 256  # characters, as in `Manifest` and `GraphRef`

@@ -225,40 +225,33 @@ class Announcement(Message):
 
 
 class Telemetry(Message):
-    """Device to coordinator: how the installed model does."""
+    """Device to coordinator: what runs, how it does, and what became of what it is told to run."""
 
     device: Name
     device_class: Name
     release: Count = 0
     """Installed release; 0: none yet."""
     sha256: Sha256 | None = None
+    variant: Name | None = None
+    """The class whose model runs, where it is a narrower one's: the own model failed here."""
     state: Literal["empty", "trial", "committed", "rolled_back"] = "empty"
+    plan: Count = 0
+    """Serial of the `Rollout` that the device has last verified; 0: none yet."""
+    failed: Count = 0
+    """The newest release that was refused or rolled back here; 0: none. `error` says why."""
+    postponed: Line = Field(default="", max_length=MAX_REASON)
+    """Why a release that is wanted is not fetched now (quiet hours, a metered link, no room)."""
     accuracy: float | None = Field(default=None, ge=0, le=1)
+    samples: Count = 0
+    """Held-out samples that `accuracy` and `accuracy_before` were measured on."""
+    accuracy_before: float | None = Field(default=None, ge=0, le=1)
+    """Of the release that ran before, on the same samples."""
+    agreement: float | None = Field(default=None, ge=0, le=1)
+    """Share of recent samples on which this release and the one before say the same."""
     latency_ms: float | None = Field(default=None, ge=0)
     rss_mb: float = Field(default=0.0, ge=0)
+    crashes: Count = 0
+    """Starts of the agent after an end that was not asked for, while this release ran."""
     bytes_up: Size = 0
     bytes_down: Size = 0
     error: Line = Field(default="", max_length=MAX_REASON)
-
-
-class Manifest(Message):
-    """What a release is for one device class (a signed target, `classes/<class>.json`)."""
-
-    release: int = Field(ge=1)
-    device_class: Name
-    model: str = Field(max_length=256)
-    """Target path of the ONNX file."""
-    sha256: Sha256
-    size: int = Field(ge=1)
-    golden: str = Field(max_length=256)
-    """Target path of the golden samples (.npz with `x` (n, ...) and `y` (n, classes))."""
-    tolerance: float = Field(default=1e-3, gt=0)
-    """Largest absolute difference from the golden outputs."""
-    max_latency_ms: float | None = Field(default=None, gt=0)
-    labels: tuple[str, ...] = ()
-    input_shape: tuple[int, ...]
-    macs: int = Field(default=0, ge=0)
-    peak_activation_bytes: int = Field(default=0, ge=0)
-    accuracy: float | None = Field(default=None, ge=0, le=1)
-    round: int = Field(default=0, ge=0)
-    mask_version: int = Field(default=0, ge=0)

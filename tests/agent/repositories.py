@@ -16,7 +16,7 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Tar
 
 from fleetprune.blocks import NotFoundError
 from fleetprune.errors import TrustError
-from fleetprune.messages import Manifest
+from fleetprune.manifest import Manifest
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 ROLES = (Root.type, Targets.type, Snapshot.type, Timestamp.type)

@@ -7,7 +7,7 @@ import pytest
 from models import INPUTS, gemm, golden
 
 from fleetprune.errors import InstallError
-from fleetprune.messages import Manifest
+from fleetprune.manifest import Manifest
 from fleetprune_agent.slot_files import GOLDEN, MODEL, State
 from fleetprune_agent.slots import MAX_REJECTED, MAX_STARTS, Slots
 

@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from fleetprune import messages
 from fleetprune.errors import MessageError
+from fleetprune.manifest import Manifest
 from fleetprune.messages import (
     MAX_MESSAGE,
     Announcement,
@@ -13,7 +14,6 @@ from fleetprune.messages import (
     Enrol,
     Enrolled,
     GraphRef,
-    Manifest,
     Message,
     Progress,
     ResultHeader,
