@@ -8,8 +8,6 @@ kept, the active slot is not touched before the switch.
 """
 
 import time
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,12 +20,11 @@ from numpy.typing import NDArray
 from fleetprune.errors import GraphError, InstallError, TrustError
 from fleetprune.files import free_bytes
 from fleetprune.manifest import Manifest
+from fleetprune_agent.golden import load_golden
 from fleetprune_agent.serving import Model, load_model
 from fleetprune_agent.slot_files import GOLDEN, MODEL
 from fleetprune_agent.slots import MAX_STARTS, Slots
 from fleetprune_agent.trust import TrustedRepository
-
-MAX_GOLDEN = 64 * 1024 * 1024  # bytes of golden samples once unpacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,37 +150,6 @@ def check_health(folder: Path, manifest: Manifest, checks: Checks) -> float:
             f"{manifest.max_latency_ms:.3g} ms"
         )
     return latency
-
-
-def load_golden(path: Path, manifest: Manifest) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Read golden samples: no pickles, no zip bombs, no surprises in shape.
-
-    Returns:
-        `x` (n, *input_shape) and `y` (n, classes), float32, finite, n >= 1.
-
-    Raises:
-        GraphError: They are anything else.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > MAX_GOLDEN:
-            raise GraphError(
-                f"golden samples: {unpacked} bytes unpacked, expected at most {MAX_GOLDEN}"
-            )
-        with np.load(path, allow_pickle=False) as arrays:
-            x, y = arrays["x"], arrays["y"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-        raise GraphError(f"golden samples: {e}") from e
-    if x.dtype != np.float32 or y.dtype != np.float32:
-        raise GraphError(f"golden samples: x is {x.dtype} and y is {y.dtype}, expected float32")
-    if len(x.shape) == 0 or len(x) == 0 or x.shape[1:] != manifest.input_shape:
-        raise GraphError(f"golden samples: x is {x.shape}, expected (n, *{manifest.input_shape})")
-    if y.ndim != 2 or len(y) != len(x):
-        raise GraphError(f"golden samples: y is {y.shape}, expected ({len(x)}, classes)")
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise GraphError("golden samples: values that are not finite")
-    return x, y
 
 
 def _latency_ms(model: Model, x: NDArray[np.float32], checks: Checks) -> float:

@@ -10,7 +10,7 @@ The formula hashes the index of each element, in integers, so both sides get the
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,23 +28,30 @@ _UNIT = 3.0**0.5
 """Swing that gives uniform noise a variance of one."""
 
 
+MAX_ELEMENTS = 2**26
+"""Of all reference inputs together: what a frame of `MAX_FRAME` bytes holds of float32."""
+
+_Elements = Annotated[int, Field(ge=0, le=MAX_ELEMENTS)]
+_Float = Annotated[float, Field(ge=-1e38, le=1e38)]  # the sum of two is a float32
+
+
 class _Plain(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class Run(NamedTuple):
     """Consecutive elements of a flat state vector, `centre - swing <= element < centre + swing`."""
 
-    size: int
-    centre: float
-    swing: float
+    size: _Elements
+    centre: _Float
+    swing: _Float
 
 
 class ReferenceInput(_Plain):
     """Shape of one reference input, and below which integer its elements are (0: float32)."""
 
-    shape: tuple[int, ...]
-    high: int = Field(default=0, ge=0)
+    shape: tuple[_Elements, ...] = Field(min_length=1, max_length=8)
+    high: int = Field(default=0, ge=0, le=2**32 - 1)
 
 
 class Expectation(_Plain):
@@ -78,6 +85,13 @@ class Verification(_Plain):
     moves it by its own size.
     """
 
+    @property
+    def elements(self) -> int:
+        """Of all inputs that `reference_feeds` makes, but for one number per sample or class."""
+        inputs = (self.x,) if self.y is None else (self.x, self.y)
+        runs = (*self.params, *self.stats)
+        return sum(prod(i.shape) for i in inputs) + sum(run.size for run in runs)
+
 
 class GraphMeta(_Plain):
     """What one ONNX graph is, and how to check it."""
@@ -100,12 +114,14 @@ class GraphMeta(_Plain):
     """Length of the outputs `sumsq` and `zeros`, where they are; 0: there is neither."""
     ranges: int = 0
     """Length of the output `ranges`; 0: there is none."""
-    classes: int = 0
+    classes: _Elements = 0
     """Length of the input `prior`; 0: there is no such input."""
     momentum: float = 0.0
     verification: Verification
 
-    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+    model_config = ConfigDict(
+        frozen=True, extra="ignore", allow_inf_nan=False, populate_by_name=True
+    )
 
     def to_json(self) -> str:
         """The text that goes into the graph's metadata."""
@@ -127,6 +143,11 @@ def parse_graph_meta(text: str) -> GraphMeta:
         first = e.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "text"
         raise GraphError(f"graph metadata, {where}: {first['msg']}") from e
+    if meta.verification.elements > MAX_ELEMENTS:
+        raise GraphError(
+            f"graph metadata with {meta.verification.elements} elements of reference inputs, "
+            f"expected at most {MAX_ELEMENTS}"
+        )
     if meta.schema_version != 1:
         raise GraphError(f"graph metadata of schema {meta.schema_version}, expected 1")
     return meta

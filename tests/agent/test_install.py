@@ -119,7 +119,7 @@ REJECTED = {
     ),
     "samples of another type": (
         {"samples": npz(x=np.zeros((1, 4)), y=np.zeros((1, 3)))},
-        "golden samples: x is float64 and y is float64, expected float32",
+        "golden samples: x is float64, expected float32",
     ),
     "outputs for other samples": (
         {"samples": npz(x=ZEROS, y=np.zeros((2, 3), dtype=np.float32))},

@@ -10,7 +10,8 @@ import pytest
 from models import ZEROS, npz
 from repositories import Clock, MemoryRepository
 
-from fleetprune_agent.install import MAX_GOLDEN, Status, install
+from fleetprune_agent.golden import MAX_GOLDEN
+from fleetprune_agent.install import Status, install
 from fleetprune_agent.serving import Predictor
 from fleetprune_agent.slots import Slots
 from fleetprune_agent.trust import TrustedRepository
@@ -56,12 +57,12 @@ def damaged() -> bytes:
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        (object_npz(), "Object arrays cannot be loaded when allow_pickle=False"),
+        (object_npz(), "x is object, expected float32"),
         (pickle.dumps(Pickled()), "File is not a zip file"),
         (bomb(), f"{65 * 2**20} bytes unpacked, expected at most {MAX_GOLDEN}"),
         (cut(), "File is not a zip file"),
-        (npz(x=ZEROS), "'y is not a file in the archive'"),
-        (npz(), "'x is not a file in the archive'"),
+        (npz(x=ZEROS), "there is no array y"),
+        (npz(), "there is no array x"),
         (b"", "File is not a zip file"),
     ],
     ids=["object array", "pickle", "bomb", "cut", "no y", "nothing", "empty"],
