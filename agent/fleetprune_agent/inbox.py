@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from fleetprune.errors import MessageError
-from fleetprune.files import storage_errors, write_atomic
+from fleetprune.files import make_folder, storage_errors, write_atomic
 from fleetprune.messages import Task
 
 MAX_WAITING: Final = 4  # a coordinator sends one per round; more is a flood
@@ -28,8 +28,7 @@ class TaskInbox:
             now: Seconds since the epoch, as file times have them.
         """
         self._folder, self._now = folder, now
-        with storage_errors("make", folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
     def add(self, task: Task) -> bool:
         """Store a task; False if it does not fit. One that is there already stays as it is."""

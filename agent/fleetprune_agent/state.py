@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from fleetprune.errors import ConfigError
+from fleetprune.errors import ConfigError, InstallError
+from fleetprune.files import make_folder
 
 MAX_ROOT: Final = 512_000  # bytes; python-tuf's own bound
 _LOCK: Final = "lock"
@@ -21,7 +22,10 @@ def locked(state: Path) -> Iterator[None]:
         ConfigError: It cannot be made, or another agent runs on it.
     """
     try:
-        state.mkdir(parents=True, exist_ok=True)
+        make_folder(state)
+    except InstallError as e:
+        raise ConfigError(f"state folder {state} cannot be used: {e.__cause__}") from e
+    try:
         descriptor = os.open(state / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as e:
         raise ConfigError(f"state folder {state} cannot be used: {e.strerror}") from e

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from fleetprune.errors import InstallError, TransportError, WireError
-from fleetprune.files import storage_errors, sync_folder, write_atomic
+from fleetprune.files import make_folder, storage_errors, sync_folder, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +85,11 @@ class Outbox:
         self._lock = threading.RLock()
         self._stubs: dict[str, _Stub] = {}  # by name, oldest first
         self._next = 0
+        make_folder(folder)
         with storage_errors("open", folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            paths = sorted(folder.glob(f"[0-9]*{_SUFFIX}"))
+            paths = sorted(p for p in folder.glob(f"*{_SUFFIX}") if p.stem.isdecimal())
         for path in paths:
-            self._next = int(path.name.split(".")[0]) + 1
+            self._next = int(path.stem) + 1
             entry = self._load(path)
             if entry is None:
                 continue

@@ -1,0 +1,316 @@
+"""Power fails at every operation of an installation, and the disk loses what was not synced.
+
+In each state that `lossy_disk` finds possible the device has a whole model that runs, whatever was
+promised before still holds, and the next start completes the work. A table says which fsync is
+needed for which of these; `POWER_CUTS=400` takes more states per operation.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lossy_disk import PowerCut, Record, power_cuts, recording, write_tree
+from models import ZEROS, gemm
+from repositories import Clock, MemoryRepository
+
+from fleetprune.errors import TrustError
+from fleetprune.messages import Blob, Codec, GraphRef, Task, TaskKind
+from fleetprune.outbox import Kind, Outbox
+from fleetprune.partfile import PartFile
+from fleetprune_agent.feedback import EMPTY, OnDisk
+from fleetprune_agent.inbox import TaskInbox
+from fleetprune_agent.install import install
+from fleetprune_agent.serving import Predictor
+from fleetprune_agent.slot_files import State
+from fleetprune_agent.slots import Slots
+from fleetprune_agent.state import locked
+from fleetprune_agent.trust import TrustedRepository
+
+MOST = int(os.environ.get("POWER_CUTS", "12"))
+PADDING = 20_000  # bytes of a model: five pages
+BLOCK = 8192
+
+
+class Road(MemoryRepository):
+    """Pulls into part files, as an agent does."""
+
+    def pull(self, name: str, size: int, sha256: str, into: Path) -> None:
+        parts = into.parents[2] / "parts"
+        parts.mkdir(exist_ok=True)
+        data = self._find(name)
+        with PartFile(parts / f"{sha256}.part", size, bytes.fromhex(sha256), BLOCK) as part:
+            for index in range(part.count):
+                part.write(index, data[index * BLOCK : (index + 1) * BLOCK])
+            part.finish(into)
+
+
+@dataclass
+class Case:
+    """Some code that writes to disk, and what must hold in every state that it may leave."""
+
+    work: Callable[[Path, Record], None]
+    check: Callable[[Path, PowerCut], None]
+    before: Callable[[Path], None] = lambda disk: None
+
+
+def failures(case: Case, record: Record, scratch: Path, verdicts: dict) -> Iterator[str]:
+    """What goes wrong, and in which state; `verdicts` remembers states that were looked at."""
+    for cut in power_cuts(record, most=MOST):
+        key = (cut.promises, tuple(sorted((n, hash(c)) for n, c in cut.tree.items())))
+        if key not in verdicts:
+            write_tree(cut.tree, scratch)
+            try:
+                case.check(scratch, cut)
+                verdicts[key] = ""
+            except Exception as e:
+                verdicts[key] = f"{type(e).__name__}: {e}".split("\n")[0]
+        if verdicts[key]:
+            yield f"after {cut.after} operations {cut.promises[-1:]}, {cut.lost}: {verdicts[key]}"
+
+
+def record_of(case: Case, disk: Path) -> Record:
+    disk.mkdir()
+    case.before(disk)
+    with recording(disk) as record:
+        case.work(disk, record)
+    return record
+
+
+def repository(newest: int) -> Road:
+    made = Road()
+    for number in range(1, newest + 1):
+        made.release(number, model=gemm(number, padding=PADDING))
+    return made
+
+
+def live(disk: Path, road: Road, promise: Callable[[str], None] = lambda _: None) -> None:
+    """An agent's start, one look for a release, and the runs that commit it."""
+    state = disk / "state"
+    with locked(state):
+        slots = Slots(state)
+        slots.start()
+        trusted = TrustedRepository(state / "trust", road.bootstrap, road, Clock())
+        outcome = install(trusted, slots, "phone")
+        promise(f"runs {outcome.release}")
+        predictor = Predictor(slots)
+        for _ in range(3):
+            predictor.predict(ZEROS)
+        promise(f"committed {outcome.release}")
+
+
+def whole(disk: Path, allowed: set[int | None]) -> Slots:
+    """What runs right after the power is back, before anything is repaired."""
+    slots = Slots(disk / "state")
+    active = slots.active()
+    release = None if active is None else active.release
+    assert release in allowed, f"release {release} runs, expected one of {allowed}"
+    if release is not None:
+        answer = Predictor(slots, commit_after=1 << 30).predict(ZEROS)[0, 0]
+        assert answer == release, f"release {release} answers {answer}"
+    return slots
+
+
+def installs(before: int, newest: int) -> Case:
+    """From release `before` (0: an empty disk) to `newest`."""
+    road = repository(before)
+
+    def prepare(disk: Path) -> None:
+        if before:
+            live(disk, road)
+        road.release(newest, model=gemm(newest, padding=PADDING))
+
+    def work(disk: Path, record: Record) -> None:
+        live(disk, road, record.mark)
+
+    def check(disk: Path, cut: PowerCut) -> None:
+        promised = f"runs {newest}" in cut.promises
+        allowed: set[int | None] = {newest} if promised else {newest, before or None}
+        slots = whole(disk, allowed)
+        if f"committed {newest}" in cut.promises:
+            active = slots.active()
+            assert active is not None and active.state is State.COMMITTED, "committed no more"
+        live(disk, road)
+        whole(disk, {newest})
+
+    return Case(work, check, prepare)
+
+
+def rolls_back() -> Case:
+    """Release 2, on trial, fails; release 1 is gone back to, and 2 is not taken again."""
+    road = repository(1)
+
+    def prepare(disk: Path) -> None:
+        live(disk, road)
+        road.release(2, model=gemm(2, padding=PADDING))
+        state = disk / "state"
+        slots = Slots(state)
+        install(TrustedRepository(state / "trust", road.bootstrap, road, Clock()), slots, "phone")
+
+    def work(disk: Path, record: Record) -> None:
+        Slots(disk / "state").rollback("it fails")
+        record.mark("went back")
+
+    def check(disk: Path, cut: PowerCut) -> None:
+        slots = whole(disk, {1} if cut.promises else {1, 2})
+        if cut.promises:
+            assert slots.rejected() == {2: "it fails"}, "forgot that 2 failed"
+        slots.start()
+        active = slots.active()
+        assert active is not None
+        if active.release == 2:  # the failure was not noted: it fails again
+            slots.rollback("it fails")
+        whole(disk, {1})
+
+    return Case(work, check, prepare)
+
+
+def counts_starts() -> Case:
+    """A model that takes the device down with it is given up, though power fails each time."""
+    inner = rolls_back()
+
+    def work(disk: Path, record: Record) -> None:
+        for number in range(1, 4):
+            Slots(disk / "state").start()
+            record.mark(f"started {number}")
+
+    def check(disk: Path, cut: PowerCut) -> None:
+        for _ in range(4 - len(cut.promises)):
+            whole(disk, {1, 2}).start()
+        whole(disk, {1})
+
+    return Case(work, check, inner.before)
+
+
+def trusts() -> Case:
+    """What was verified is not forgotten, or an attacker could go back to before it."""
+    road = repository(1)
+    old: dict[str, bytes] = {}
+
+    def look(disk: Path) -> None:
+        TrustedRepository(disk / "state" / "trust", road.bootstrap, road, Clock()).refresh()
+
+    def prepare(disk: Path) -> None:
+        look(disk)
+        for name in ("timestamp.json", f"{road.snapshot.version}.snapshot.json"):
+            old[f"metadata/{name}"] = road.read(f"metadata/{name}", 1 << 20)
+        road.release(2)
+
+    def work(disk: Path, record: Record) -> None:
+        look(disk)
+        record.mark("verified 2")
+
+    def check(disk: Path, cut: PowerCut) -> None:
+        if cut.promises:
+            road.overrides = old
+            try:
+                look(disk)
+            except TrustError:
+                pass
+            else:
+                raise AssertionError("an attacker's old metadata is believed")
+            finally:
+                road.overrides = {}
+        look(disk)
+
+    return Case(work, check, prepare)
+
+
+def delivers() -> Case:
+    """What was put into the outbox is there; what was delivered does not come back as news."""
+
+    def work(disk: Path, record: Record) -> None:
+        outbox = Outbox(disk / "state" / "outbox", 10_000)
+        outbox.put(Kind.RESULT, "results/t1", b"one" * 100)
+        record.mark("has t1")
+        outbox.put(Kind.TELEMETRY, "telemetry", b"release 1")
+        record.mark("has release 1")
+        outbox.put(Kind.TELEMETRY, "telemetry", b"release 2")
+        record.mark("has release 2")
+        record.mark("tells release 2")
+        outbox.done("telemetry")
+        record.mark("told release 2")
+        record.mark("tells t1")
+        outbox.done("results/t1")
+        record.mark("told t1")
+
+    def check(disk: Path, cut: PowerCut) -> None:
+        found = {e.name: e.payload for e in Outbox(disk / "state" / "outbox", 10_000).pending()}
+        assert found.get("results/t1") in (None, b"one" * 100)
+        assert found.get("telemetry") in (None, b"release 1", b"release 2")
+        said = set(cut.promises)
+        if "has t1" in said and "tells t1" not in said:
+            assert "results/t1" in found, "the result is lost"
+        if "has release 2" in said and "tells release 2" not in said:
+            assert found.get("telemetry") == b"release 2", "the report is lost"
+        if "told release 2" in said:
+            assert "telemetry" not in found, "an old report comes back"
+        if "told t1" in said:
+            assert "results/t1" not in found, "a delivered result comes back"
+        assert not list((disk / "state" / "outbox").glob("*.bad")), "damaged"
+
+    return Case(work, check, lambda disk: (disk / "state").mkdir())
+
+
+def answers() -> Case:
+    """Answers and residual are one commit."""
+    rest = np.ones(3000, np.float32)
+    one = EMPTY.answered("t1", b"1" * 5000).left_out(1, "phone", rest)
+    two = one.answered("t2", b"2" * 5000).left_out(1, "phone", 2 * rest)
+
+    def work(disk: Path, record: Record) -> None:
+        OnDisk(disk / "answers.bin").save(two)
+        record.mark("answered t2")
+
+    def check(disk: Path, cut: PowerCut) -> None:
+        got = OnDisk(disk / "answers.bin").load()
+        assert list(got.answers) in (["t1"], ["t1", "t2"])
+        assert np.array_equal(got.residual, len(got.answers) * rest), "counted twice or never"
+        if cut.promises:
+            assert "t2" in got.answers, "the answer is lost"
+
+    return Case(work, check, lambda disk: OnDisk(disk / "answers.bin").save(one))
+
+
+def accepts_tasks() -> Case:
+    task = Task(
+        task="t1",
+        device="d1",
+        kind=TaskKind.TRAIN,
+        round=1,
+        mask_version=1,
+        shape="phone",
+        graphs=(GraphRef(target="graphs/a.onnx", sha256="0" * 64),),
+        model=Blob(sha256="0" * 64, size=1),
+        codec=Codec.INT4,
+    )
+
+    def work(disk: Path, record: Record) -> None:
+        inbox = TaskInbox(disk / "state" / "tasks")
+        inbox.add(task)
+        record.mark("accepted")
+        record.mark("answered")
+        inbox.done(task)
+
+    def check(disk: Path, cut: PowerCut) -> None:
+        waiting = TaskInbox(disk / "state" / "tasks").waiting()
+        assert waiting in ([], [task])
+        if cut.promises == ("accepted",):
+            assert waiting == [task], "an accepted task is lost"
+
+    return Case(work, check, lambda disk: (disk / "state").mkdir())
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "first installation": lambda: installs(0, 1),
+    "installation": lambda: installs(1, 2),
+    "rollback": rolls_back,
+    "starts on trial": counts_starts,
+    "metadata": trusts,
+    "outbox": delivers,
+    "answers": answers,
+    "tasks": accepts_tasks,
+}
