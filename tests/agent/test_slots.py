@@ -238,7 +238,7 @@ def test_many_starts_without_an_alternative_change_nothing(slots):
 def test_a_rollback_that_was_killed_half_way_ends_at_the_next_start(slots):
     committed(slots, 1)
     on_trial(slots, 2)
-    slots.reject(2, "it failed")  # killed here: noted, not yet switched
+    slots.reject(manifest_of(2), "it failed", ran=True)  # killed here: noted, not yet switched
     assert slots.start().release == 1
 
 
@@ -319,14 +319,14 @@ def test_killed_between_seal_and_switch(slots, monkeypatch):
 
 
 def test_damaged_notes_are_forgotten(slots):
-    slots.reject(1, "it failed")
+    slots.reject(manifest_of(1), "it failed")
     (slots.folder / "rejected.json").write_bytes(b"{")
     assert slots.rejected() == {}
 
 
 def test_notes_are_few_short_and_on_one_line(slots):
     for release in range(1, 100):
-        slots.reject(release, "one\ntwo " + "é" * 1000)
+        slots.reject(manifest_of(release), "one\ntwo " + "é" * 1000)
     assert len(slots.rejected()) == MAX_REJECTED
     assert max(slots.rejected()) == 99
     assert {len(reason) for reason in slots.rejected().values()} == {200}
@@ -360,7 +360,7 @@ def test_the_version_changes_with_every_change_of_the_pointer(slots):
 def test_threads_that_change_at_once_take_turns(slots):
     committed(slots, 1)
     threads = [
-        threading.Thread(target=lambda n=n: [slots.reject(n * 10 + i, "x") for i in range(3)])
+        threading.Thread(target=lambda n=n: [slots.reject(manifest_of(n * 10 + i), "x") for i in range(3)])
         for n in range(1, 5)
     ]
     for thread in threads:
