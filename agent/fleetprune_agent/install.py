@@ -94,7 +94,7 @@ def install(
     device_class: str,
     checks: Checks | None = None,
     *,
-    device: str,
+    device: str = "",
     evidence: Evidence | None = None,
 ) -> InstallOutcome:
     """Bring the release that this device is to run into service, on trial.

@@ -10,7 +10,8 @@ import pytest
 from models import ZEROS, npz
 from repositories import Clock, MemoryRepository
 
-from fleetprune_agent.install import MAX_GOLDEN, Status, install
+from fleetprune_agent.health import MAX_GOLDEN
+from fleetprune_agent.install import Status, install
 from fleetprune_agent.serving import Predictor
 from fleetprune_agent.slots import Slots
 from fleetprune_agent.trust import TrustedRepository
