@@ -6,35 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from devices import Device
 from models import INPUTS, ZEROS, gemm, golden, not_finite_on_large_input, npz
-from repositories import Clock, MemoryRepository
 
 from fleetprune.errors import InstallError, TransportError, TrustError
 from fleetprune_agent.health import examine
 from fleetprune_agent.install import Checks, InstallOutcome, Status, install
-from fleetprune_agent.serving import Predictor
-from fleetprune_agent.slots import MAX_STARTS, Slots
-from fleetprune_agent.trust import TrustedRepository
-
-
-class Device:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.clock = Clock()
-        self.repository = MemoryRepository()
-        self.restart()
-
-    def restart(self) -> None:
-        self.trusted = TrustedRepository(
-            self.folder / "trust", self.repository.bootstrap, self.repository, self.clock
-        )
-        self.slots = Slots(self.folder)
-
-    def install(self, checks: Checks | None = None) -> InstallOutcome:
-        return install(self.trusted, self.slots, "phone", checks)
-
-    def answer(self) -> float:
-        return float(Predictor(self.slots).predict(ZEROS)[0, 0])
+from fleetprune_agent.slots import MAX_STARTS
 
 
 @pytest.fixture
