@@ -172,9 +172,11 @@ def _read_input(path: Path, settings: AgentConfig) -> NDArray[np.float32]:
 @app.command()
 def status(config: ConfigOption, as_json: JsonOption = False) -> int:
     """Show what is installed, what waits, and the last report. Needs no network."""
+    from fleetprune.messages import Telemetry  # noqa: PLC0415
     from fleetprune_agent.journal import Journal, standing  # noqa: PLC0415
     from fleetprune_agent.slots import Slots  # noqa: PLC0415
     from fleetprune_agent.state import is_running  # noqa: PLC0415
+    from fleetprune_agent.statefile import read_message  # noqa: PLC0415
     from fleetprune_agent.telemetry import variant  # noqa: PLC0415
 
     settings = load_config(config)
@@ -183,7 +185,7 @@ def status(config: ConfigOption, as_json: JsonOption = False) -> int:
     installed = slots.active() if slots else None
     journal = slots.journal.read() if slots else Journal()
     stands = standing(journal, installed, slots.refusals() if slots else ())
-    last = state / "last.json"
+    last = read_message(state / "last.json", Telemetry)
     content = {
         "device": settings.device,
         "device_class": settings.device_class,
@@ -199,7 +201,7 @@ def status(config: ConfigOption, as_json: JsonOption = False) -> int:
         "crashes": slots.crashes() if slots else 0,
         "waiting_tasks": len(list((state / "tasks").glob("*.json"))),
         "undelivered": len(list((state / "outbox").glob("*.entry"))),
-        "last_report": json.loads(last.read_bytes()) if last.is_file() else None,
+        "last_report": None if last is None else json.loads(last.to_bytes()),
     }
     if as_json:
         typer.echo(json.dumps(content))
