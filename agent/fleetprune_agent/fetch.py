@@ -16,6 +16,7 @@ from typing import Final, Protocol
 from fleetprune.errors import HostileInputError, InstallError, TrustError
 from fleetprune.files import free_bytes, sha256_of, storage_errors, write_atomic
 from fleetprune.manifest import Delta, Manifest
+from fleetprune_agent.memory import available_mb
 from fleetprune_agent.slot_files import DELTA, GOLDEN, MODEL, Installed
 from fleetprune_agent.slots import Slots
 from fleetprune_agent.trust import TrustedRepository
@@ -93,13 +94,14 @@ class Fetch:
         manifest = self.manifest
         if active is None or self.slots.delta_tried(manifest):
             return None
+        most = min(MAX_IN_MEMORY, available_mb() / 2 * 1e6)
         for delta in manifest.deltas:
             in_memory = active.manifest.size + delta.size + manifest.size
             on_disk = delta.size + manifest.size + self.spare
             if (
                 delta.base == active.manifest.sha256
                 and delta.size < manifest.size
-                and in_memory <= MAX_IN_MEMORY
+                and in_memory <= most
                 and on_disk <= free_bytes(self.folder)
             ):
                 return delta

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from fleetprune.errors import GraphError, InstallError, TrustError
 from fleetprune.files import free_bytes
@@ -186,19 +186,24 @@ class _Attempt:
 
     def run(self) -> InstallOutcome:
         """Try one model after the other, from our own class's downwards."""
-        limits: Limits | None = None
+        own = self.repository.manifest(self.device_class, self.wanted)
+        limits, manifest = Limits.of(own), cast("Manifest | None", own)
         reasons: list[str] = []
-        device_class: str | None = self.device_class
         seen: set[str] = set()
-        while device_class is not None and device_class not in seen and len(seen) <= MAX_SMALLER:
-            seen.add(device_class)
-            manifest = self.repository.manifest(device_class, self.wanted)
-            limits = limits or Limits.of(manifest)
+        while manifest is not None and len(seen) <= MAX_SMALLER:
+            seen.add(manifest.device_class)
             reason, outcome = self._model(manifest, limits)
             if outcome is not None:
                 return outcome
-            reasons.append(reason if not reasons else f"{device_class}'s model: {reason}")
-            device_class = manifest.smaller
+            theirs = f"{manifest.device_class}'s model: " if reasons else ""
+            reasons.append(theirs + reason)
+            smaller = manifest.smaller
+            manifest = None
+            if smaller is not None and smaller not in seen:
+                try:
+                    manifest = self.repository.manifest(smaller, self.wanted)
+                except TrustError as e:  # our own was tried all the same, and that is to be told
+                    reasons.append(f"{smaller}'s model: {e}")
         reason = "; ".join(reasons)
         self._note(Phase.REJECTED, reason=reason[:1000])
         return InstallOutcome(Status.REJECTED, self.wanted, reason)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fleetprune.errors import GraphError, MessageError
+from fleetprune.errors import GraphError, InstallError, MessageError
 from fleetprune.manifest import Manifest
 from fleetprune.messages import MAX_REASON, Count, Line, Message
 from fleetprune_agent.data import Samples, Split
@@ -153,7 +153,8 @@ class TrialStoppedError(Exception):
 
 
 Trial = Callable[[Request, Evidence], Finding]
-"""Raises GraphError if the model must not run here, TrialStoppedError if that is not known."""
+"""Raises GraphError if the model must not run here; TrialStoppedError, or InstallError where
+something else is wrong, if that is not known."""
 
 
 def in_process(request: Request, evidence: Evidence) -> Finding:
@@ -202,7 +203,7 @@ class InChild:
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
             )
         except OSError as e:
-            return None, f"the health check cannot be started: {e.strerror or e}"
+            raise InstallError(f"the health check cannot be started: {e.strerror or e}") from e
         with child:
             self.on_start(child.pid)
             out, err, late = self._wait(child, payload)
@@ -215,7 +216,7 @@ class InChild:
             name = _signal_name(-child.returncode)
             return None, f"the health check was ended by {name}: a crash, or out of memory"
         last = err.decode(errors="replace").strip().rpartition("\n")[2]
-        return None, f"the health check ended with code {child.returncode}: {last[:200]}"
+        raise InstallError(f"the health check ended with code {child.returncode}: {last[:200]}")
 
     def _wait(self, child: "subprocess.Popen[bytes]", payload: bytes) -> tuple[bytes, bytes, bool]:
         """Output, errors, and whether it had to be killed for taking too long."""

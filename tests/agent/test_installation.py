@@ -286,6 +286,16 @@ def test_classes_that_name_each_other_end(device):
     )
 
 
+def test_a_smaller_class_without_that_release_is_said(device):
+    device.repository.release(1, model=WRONG, fields={"smaller": "tiny"})
+    outcome = device.install()
+    assert outcome.status is Status.REJECTED
+    assert outcome.reason.endswith(
+        "allowed are 0.001; tiny's model: the release repository has no target "
+        "releases/tiny/1/manifest.json"
+    )
+
+
 # Deltas.
 
 
