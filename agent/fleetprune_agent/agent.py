@@ -13,9 +13,11 @@ device's memory. All that must outlive the process lies below `config.state`:
     trust/       signed metadata                 slots/        installed models
     parts/       interrupted transfers           incoming/     on its way to one of the above
     last.json    the last report, for `status`   lock          held while the agent runs
+    recent.npy   samples seen in service, only where `recent_samples` asks for it
 """
 
 import logging
+import math
 import queue
 import random
 import subprocess
@@ -45,7 +47,9 @@ from fleetprune_agent.readers import load_samples
 from fleetprune_agent.sessions import Graphs
 from fleetprune_agent.slots import Slots
 from fleetprune_agent.sources import DeviceSource
+from fleetprune_agent.starts import STEADY_S
 from fleetprune_agent.state import locked, read_root
+from fleetprune_agent.statefile import tidy_folder
 from fleetprune_agent.telemetry import Traffic
 from fleetprune_agent.transfer import KINDS, BlobClient
 from fleetprune_agent.trust import TrustedRepository
@@ -91,6 +95,8 @@ class Agent:
         self._enrolled = False
         self._refused: str | None = None
         self._enrol_at = self._refresh_at = self._report_at = 0.0
+        self._steady_at = math.inf
+        self._running: tuple[int, int, int] | None = None
         self._last_look = -QUIET_S
 
     def run(self, stop: threading.Event) -> int:
@@ -111,9 +117,11 @@ class Agent:
             self._courier.start()
             self._connection.start()
             try:
-                return self._loop(stop)
+                code = self._loop(stop)
             finally:
                 self._end(stop)
+            self._slots.stop()
+            return code
 
     def _prepare(self, stop: threading.Event) -> None:
         config, state = self.config, self.config.state
@@ -139,6 +147,7 @@ class Agent:
         self._inbox = TaskInbox(state / "tasks")
         self._slots = Slots(state)
         self._slots.start()
+        tidy_folder(state / "trust")
         repository = TrustedRepository(state / "trust", root, self._client, self._now)
         graphs = Graphs(threads=config.threads, folder=state / "graphs")
         worker = Worker(
@@ -159,6 +168,7 @@ class Agent:
             deliver=self._courier.put,
             acknowledge=self._acknowledge,
             traffic=lambda: Traffic(self._connection.bytes_sent, self._connection.bytes_received),
+            stopped=stop.is_set,
         )
 
         def tidy() -> None:
@@ -282,6 +292,12 @@ class Agent:
         if now >= self._report_at:
             self._report_at = now + self.config.telemetry_s
             self._jobs.put("report", self._duties.report)
+        running = self._slots.version()
+        if running != self._running:
+            self._running, self._steady_at = running, now + STEADY_S
+        elif now >= self._steady_at:
+            self._steady_at = math.inf
+            self._jobs.put("steady", self._slots.steady)
 
     def _enrol(self) -> None:
         config = self.config

@@ -117,11 +117,14 @@ def predict(
     as_json: JsonOption = False,
 ) -> int:
     """Predict with the installed model: one line per sample."""
+    from fleetprune_agent.recent import Recent  # noqa: PLC0415
     from fleetprune_agent.serving import Predictor  # noqa: PLC0415  (onnxruntime)
     from fleetprune_agent.slots import Slots  # noqa: PLC0415
 
     settings = load_config(config)
-    predictor = Predictor(Slots(settings.state), settings.threads)
+    keep = settings.recent_samples
+    recent = Recent(settings.state, keep) if keep else None
+    predictor = Predictor(Slots(settings.state), settings.threads, recent=recent)
     manifest = predictor.manifest
     scores = predictor.predict(_read_input(samples, settings))
     best = np.argmax(scores, axis=1)
@@ -169,13 +172,20 @@ def _read_input(path: Path, settings: AgentConfig) -> NDArray[np.float32]:
 @app.command()
 def status(config: ConfigOption, as_json: JsonOption = False) -> int:
     """Show what is installed, what waits, and the last report. Needs no network."""
+    from fleetprune.messages import Telemetry  # noqa: PLC0415
+    from fleetprune_agent.journal import Journal, standing  # noqa: PLC0415
     from fleetprune_agent.slots import Slots  # noqa: PLC0415
     from fleetprune_agent.state import is_running  # noqa: PLC0415
+    from fleetprune_agent.statefile import read_message  # noqa: PLC0415
+    from fleetprune_agent.telemetry import variant  # noqa: PLC0415
 
     settings = load_config(config)
     state = settings.state
-    installed = Slots(state).active() if state.is_dir() else None
-    last = state / "last.json"
+    slots = Slots(state) if state.is_dir() else None
+    installed = slots.active() if slots else None
+    journal = slots.journal.read() if slots else Journal()
+    stands = standing(journal, installed, slots.refusals() if slots else ())
+    last = read_message(state / "last.json", Telemetry)
     content = {
         "device": settings.device,
         "device_class": settings.device_class,
@@ -183,9 +193,15 @@ def status(config: ConfigOption, as_json: JsonOption = False) -> int:
         "release": installed.release if installed else 0,
         "sha256": installed.manifest.sha256 if installed else None,
         "state": installed.state.value if installed else "empty",
+        "variant": variant(installed, settings.device_class),
+        "wanted": stands.release,
+        "phase": stands.phase.value,
+        "reason": stands.reason or None,
+        "plan": journal.serial,
+        "crashes": slots.crashes() if slots else 0,
         "waiting_tasks": len(list((state / "tasks").glob("*.json"))),
         "undelivered": len(list((state / "outbox").glob("*.entry"))),
-        "last_report": json.loads(last.read_bytes()) if last.is_file() else None,
+        "last_report": None if last is None else json.loads(last.to_bytes()),
     }
     if as_json:
         typer.echo(json.dumps(content))

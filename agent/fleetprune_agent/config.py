@@ -68,6 +68,11 @@ class AgentConfig(Section):
     data: DataConfig
     trains: bool = True
     """False: only forward passes, for devices too small to train."""
+    recent_samples: int = Field(default=0, ge=0, le=4096)
+    """Samples that the model saw in service and that are kept on the disk, to compare the next
+    model with it; 0: none are kept, since they may be private, and `data` serves instead."""
+    check_s: float = Field(default=300.0, gt=0)
+    """Seconds that the health check of a new model may take."""
     threads: int = Field(default=1, ge=1, le=64)
     """Threads of onnxruntime."""
     max_task_s: float = Field(default=3600.0, gt=0)

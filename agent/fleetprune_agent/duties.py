@@ -11,7 +11,6 @@ from fleetprune.errors import (
     InstallError,
     MessageError,
     TransportError,
-    TrustError,
 )
 from fleetprune.files import write_atomic
 from fleetprune.messages import Progress, Task, TaskAck, Telemetry
@@ -19,9 +18,12 @@ from fleetprune.outbox import Kind
 from fleetprune_agent.config import AgentConfig
 from fleetprune_agent.data import Split
 from fleetprune_agent.inbox import TaskInbox
+from fleetprune_agent.install import Checks, Status, install
+from fleetprune_agent.recent import read_recent
 from fleetprune_agent.slots import Slots
 from fleetprune_agent.telemetry import Measured, Traffic, measure, one_line, report
 from fleetprune_agent.trainer import StoppedError
+from fleetprune_agent.trial import Evidence, InChild, Trial
 from fleetprune_agent.trust import TrustedRepository
 from fleetprune_agent.worker import Worker
 
@@ -44,6 +46,9 @@ class Duties:
         deliver: Keeps something in the outbox.
         acknowledge: Tells the coordinator what became of a task.
         traffic: Bytes on the wire so far.
+        may_fetch: Why no release may be downloaded now; empty: it may.
+        stopped: Whether the agent ends.
+        trial: Where a release is tried; None: in a process of its own.
     """
 
     config: AgentConfig
@@ -55,6 +60,9 @@ class Duties:
     deliver: Callable[[Kind, str, bytes], None]
     acknowledge: Callable[[TaskAck], None]
     traffic: Callable[[], Traffic]
+    may_fetch: Callable[[], str] = lambda: ""
+    stopped: Callable[[], bool] = lambda: False
+    trial: Trial | None = None
 
     def task(self, task: Task) -> bool:
         """Do an accepted task.
@@ -90,23 +98,26 @@ class Duties:
         )
 
     def refresh(self) -> bool:
-        """Look for a new release of our class and install it; report what came of it.
+        """Look for the release that we are to run and install it; report what came of it.
 
         Returns:
             False if the repository could not be reached: try again soon.
         """
-        repository = self.repository()
+        config = self.config
+        checks = Checks(
+            threads=config.threads,
+            trial=self.trial or InChild(config.check_s, self.stopped),
+            may_fetch=self.may_fetch,
+        )
+        kept = read_recent(config.state, self.split.train.shape) if config.recent_samples else None
         try:
-            if self._up_to_date(repository):
-                return True
-            # Imported here: it loads onnxruntime, which an agent without work does not need.
-            from fleetprune_agent.install import Checks, Status, install  # noqa: PLC0415
-
             outcome = install(
-                repository,
+                self.repository(),
                 self.slots,
-                self.config.device_class,
-                Checks(threads=self.config.threads),
+                config.device_class,
+                checks,
+                device=config.device,
+                evidence=Evidence.of(self.split, kept),
             )
         except TransportError as e:
             log.info("no look for a new release: %s", e)
@@ -116,26 +127,17 @@ class Duties:
             self.report(error=str(e))
             return True
         if outcome.status is Status.INSTALLED:
-            log.info("release %d is installed, on trial", outcome.release)
+            log.info("release %d is installed", outcome.release)
             self.report()
         elif outcome.status is Status.REJECTED:
             log.warning("release %d is rejected: %s", outcome.release, outcome.reason)
-            self.report(error=f"release {outcome.release}: {outcome.reason}")
+            self.report()
+        elif outcome.status is Status.POSTPONED and not self.stopped():
+            log.info("release %d is not fetched now: %s", outcome.release, outcome.reason)
+            self.report()
+        elif outcome.status is Status.NONE:
+            log.info("class %s has no release for this device yet", config.device_class)
         return True
-
-    def _up_to_date(self, repository: TrustedRepository) -> bool:
-        """Whether the signed release of our class is the one that runs, or there is none."""
-        repository.refresh()
-        active = self.slots.active()
-        device_class = self.config.device_class
-        if active is not None:
-            return repository.manifest(device_class, active.release) == active.manifest
-        try:
-            repository.describe(f"classes/{device_class}.json")
-        except TrustError:  # the metadata has just been verified, so there is none: a young fleet
-            log.info("class %s has no release yet", device_class)
-            return True
-        return False
 
     def report(self, error: str = "") -> None:
         """Measure the installed model and report; a model that fails here is rolled back."""
@@ -147,7 +149,10 @@ class Duties:
                 measured = measure(Predictor(self.slots, self.config.threads).predict, self.split)
             except (DataError, InstallError) as e:
                 error = error or str(e)
-        message = report(
+        self._send(self._account(measured, error).to_bytes())
+
+    def _account(self, measured: Measured, error: str = "") -> Telemetry:
+        return report(
             self.config.device,
             self.config.device_class,
             self.slots,
@@ -155,28 +160,34 @@ class Duties:
             traffic=self.traffic(),
             error=error,
         )
-        self._send(message.to_bytes())
 
     def repeat_report(self) -> None:
-        """Send the last report again, without measuring.
+        """Send the last report again, without measuring, while what it says is true.
 
-        There is none before the first one, and none of a release that was installed just before
-        the agent was killed: these are measured now.
+        It is not where the agent was killed between an installation, or a rollback, and its
+        report; there is none before the first one. These are measured now.
         """
         try:
             data = (self.config.state / LAST_REPORT).read_bytes()
-            told = Telemetry.from_bytes(data).release
+            told = _told(Telemetry.from_bytes(data))
         except (OSError, MessageError):
             told = None
-        active = self.slots.active()
-        if told == (0 if active is None else active.release):
+        if told == _told(self._account(Measured())):
             self._send(data)
         else:
             self.report()
 
     def _send(self, data: bytes) -> None:
+        """Keep a report; what it is about stands, whether the report can be kept or not."""
         try:
             write_atomic(self.config.state / LAST_REPORT, data)
             self.deliver(Kind.TELEMETRY, "telemetry", data)
-        except InstallError as e:
+        except FleetpruneError as e:
             log.warning("the report is not kept: %s", e)
+
+
+def _told(message: Telemetry) -> dict[str, object]:
+    """What a report says of releases."""
+    return message.model_dump(
+        include={"release", "sha256", "variant", "state", "plan", "failed", "postponed", "crashes"}
+    )

@@ -1,42 +1,62 @@
 """Installing a release: nothing that was not verified and tried becomes active.
 
-refresh -> manifest -> room on the disk -> pull into the idle slot -> verify -> golden samples
--> switch, on trial -> (first good runs: `Predictor` commits; failures: rolled back)
+rollout -> manifest -> can it run here? -> may it be fetched, is there room? -> pull into the idle
+slot (a delta where one fits) -> verify -> trial -> switch -> (first good runs: `Predictor`
+commits; failures: rolled back)
 
 Every step may be killed and is simply begun again at the next start: what was downloaded is
-kept, the active slot is not touched before the switch.
+kept, the active slot is not touched before the switch. The journal follows, for people and for
+reports; where it is behind, the slots are right.
+
+A model that failed here is not tried again. Where its manifest names a smaller class, that class's
+model of the same release is installed instead, by the same steps and within our own budget.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from statistics import median
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Final, cast
 
 from fleetprune.errors import GraphError, InstallError, TrustError
 from fleetprune.files import free_bytes
 from fleetprune.manifest import Manifest
-from fleetprune_agent.golden import load_golden
-from fleetprune_agent.serving import Model, load_model
-from fleetprune_agent.slot_files import GOLDEN, MODEL
+from fleetprune.rollout import Rollout
+from fleetprune_agent.compatibility import Machine, shortfall, this_machine, undemanding
+from fleetprune_agent.fetch import ApplyDelta, Fetch, apply_lazily, is_there, room_needed
+from fleetprune_agent.journal import Phase
+from fleetprune_agent.slot_files import MODEL, Installed
 from fleetprune_agent.slots import MAX_STARTS, Slots
+from fleetprune_agent.trial import (
+    Evidence,
+    Finding,
+    Limits,
+    Request,
+    Trial,
+    TrialStoppedError,
+    in_process,
+)
 from fleetprune_agent.trust import TrustedRepository
+
+MAX_SMALLER: Final = 8  # classes that are tried instead of ours, one after the other
 
 
 @dataclass(frozen=True, slots=True)
 class Checks:
-    """How a release is tried before it may become active."""
+    """How a release is tried before it may become active, and when it may be fetched."""
 
     runs: int = 5
     """Timed runs of one sample; the median counts."""
     threads: int = 1
     reserve_bytes: int = 1024 * 1024
     """Left free on the disk for everything else on the device."""
-    clock: Callable[[], float] = time.perf_counter  # seconds
+    trial: Trial = in_process
+    """Where a release is tried: `InChild()` on a device."""
+    machine: Callable[[], Machine] = this_machine
+    """What models may require."""
+    may_fetch: Callable[[], str] = lambda: ""
+    """Why nothing large may be downloaded now; empty: it may."""
+    apply_delta: ApplyDelta = apply_lazily
 
 
 class Status(StrEnum):
@@ -45,6 +65,9 @@ class Status(StrEnum):
     INSTALLED = "installed"
     CURRENT = "current"
     REJECTED = "rejected"
+    POSTPONED = "postponed"
+    NONE = "none"
+    """Nothing is rolled out to this device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,122 +76,238 @@ class InstallOutcome:
 
     status: Status
     release: int
-    """The release that the repository offers."""
+    """The release that this device is to run; 0: none."""
     reason: str = ""
-    """Why it was rejected, now or earlier."""
-    latency_ms: float | None = None
-    """Median of one sample on this device, where the release was tried."""
+    """Why it was rejected, now or earlier, or is not fetched now."""
+    finding: Finding | None = None
+    """What the trial found, where there was one."""
+
+    @property
+    def latency_ms(self) -> float | None:
+        """Median of one sample on this device, where the release was tried."""
+        return None if self.finding is None else self.finding.latency_ms
 
 
 def install(
-    repository: TrustedRepository, slots: Slots, device_class: str, checks: Checks | None = None
+    repository: TrustedRepository,
+    slots: Slots,
+    device_class: str,
+    checks: Checks | None = None,
+    *,
+    device: str = "",
+    evidence: Evidence | None = None,
 ) -> InstallOutcome:
-    """Bring the newest release of our class into service, on trial.
+    """Bring the release that this device is to run into service, on trial.
 
     Args:
         repository: Verified access to releases.
         slots: Where they are installed.
         device_class: Ours.
         checks: How to try a release.
+        device: Our name, which decides whether we are in a cohort.
+        evidence: Our samples, to compare a release with the one that runs.
 
     Returns:
-        INSTALLED, CURRENT (nothing newer) or REJECTED (it failed its checks here).
+        What came of it. INSTALLED also says that the other slot's proven release runs again.
 
     Raises:
         TrustError: The repository, or what it sent, is not to be trusted.
         TransportError: It does not answer; progress is kept, call again later.
         InstallError: The disk is full or refuses. In all three the active release is untouched.
     """
-    checks = checks or Checks()
+    checks, evidence = checks or Checks(), evidence or Evidence()
     repository.refresh()
+    rollout = _rollout(repository, slots, device_class)
     active = slots.active()
-    manifest = repository.manifest(device_class, installed=active.release if active else 0)
-    if active is not None and active.release == manifest.release:
-        if active.manifest.sha256 != manifest.sha256:
-            raise TrustError(
-                f"release {manifest.release} has model {manifest.sha256}, "
-                f"but the installed release of that number has {active.manifest.sha256}"
+    wanted = 0 if rollout is None else rollout.wanted(device, active.release if active else 0)
+    if rollout is None or not wanted:
+        slots.journal.note(phase=Phase.IDLE, release=0, reason="")
+        return InstallOutcome(Status.NONE, 0)
+    if active is not None and active.release == wanted and _settled(slots, active, device_class):
+        _require_same(repository, active)
+        _note_arrival(slots, active)
+        return InstallOutcome(Status.CURRENT, wanted)
+    attempt = _Attempt(repository, slots, device_class, checks, evidence, rollout.serial, wanted)
+    return attempt.run()
+
+
+def _rollout(repository: TrustedRepository, slots: Slots, device_class: str) -> Rollout | None:
+    """The verified rollout; what was heard is remembered before it is acted upon."""
+    origin = repository.origin
+    heard = slots.heard(origin)
+    rollout = repository.rollout(device_class, serial=heard)
+    if rollout is None:
+        return None
+    if rollout.serial < heard:
+        raise TrustError(
+            f"rollout {rollout.serial} for {device_class} is older than {heard}, "
+            "which this device has seen"
+        )
+    slots.journal.note(sync=True, origin=origin, serial=rollout.serial)
+    return rollout
+
+
+def _settled(slots: Slots, active: Installed, device_class: str) -> bool:
+    """Whether the model of the wanted release is the right one: ours, or instead of ours."""
+    own = active.manifest.model_copy(update={"device_class": device_class})
+    return active.manifest.device_class == device_class or slots.refusal(own) is not None
+
+
+def _require_same(repository: TrustedRepository, active: Installed) -> None:
+    """TrustError if another model is signed now under the number that is installed."""
+    signed = repository.describe(active.manifest.model)
+    if signed.sha256 != active.manifest.sha256:
+        raise TrustError(
+            f"release {active.release} has model {signed.sha256}, "
+            f"but the installed release of that number has {active.manifest.sha256}"
+        )
+
+
+def _note_arrival(slots: Slots, active: Installed) -> None:
+    slots.journal.note(
+        phase=Phase(active.state.value),
+        release=active.release,
+        device_class=active.manifest.device_class,
+        reason="",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """One wanted release: our own class's model, or else a smaller one's."""
+
+    repository: TrustedRepository
+    slots: Slots
+    device_class: str
+    checks: Checks
+    evidence: Evidence
+    serial: int
+    wanted: int
+
+    def run(self) -> InstallOutcome:
+        """Try one model after the other, from our own class's downwards."""
+        own = self.repository.manifest(self.device_class, self.wanted)
+        limits, manifest = Limits.of(own), cast("Manifest | None", own)
+        reasons: list[str] = []
+        seen: set[str] = set()
+        while manifest is not None and len(seen) <= MAX_SMALLER:
+            seen.add(manifest.device_class)
+            reason, outcome = self._model(manifest, limits)
+            if outcome is not None:
+                return outcome
+            theirs = f"{manifest.device_class}'s model: " if reasons else ""
+            reasons.append(theirs + reason)
+            smaller = manifest.smaller
+            manifest = None
+            if smaller is not None and smaller not in seen:
+                try:
+                    manifest = self.repository.manifest(smaller, self.wanted)
+                except TrustError as e:  # our own was tried all the same, and that is to be told
+                    reasons.append(f"{smaller}'s model: {e}")
+        reason = "; ".join(reasons)
+        self._note(Phase.REJECTED, reason=reason[:1000])
+        return InstallOutcome(Status.REJECTED, self.wanted, reason)
+
+    def _model(self, manifest: Manifest, limits: Limits) -> tuple[str, InstallOutcome | None]:
+        """Install one model; or why it cannot be, and None."""
+        active = self.slots.active()
+        if active is not None and active.manifest == manifest:
+            _note_arrival(self.slots, active)
+            return "", InstallOutcome(Status.CURRENT, self.wanted)
+        refusal = self.slots.refusal(manifest)
+        if refusal is not None:
+            return refusal.reason, None
+        self._note(Phase.WANTED, device_class=manifest.device_class)
+        resumed = self.slots.resume(manifest)
+        if resumed is not None:
+            _note_arrival(self.slots, resumed)
+            return "", InstallOutcome(Status.INSTALLED, self.wanted)
+        lacks = "" if undemanding(manifest) else shortfall(manifest, self.checks.machine())
+        if lacks:
+            return lacks, None
+        later = self._not_now(manifest)
+        if later:
+            self._note(Phase.WANTED, reason=later)
+            return "", InstallOutcome(Status.POSTPONED, self.wanted, later)
+        folder = self._fetch(manifest)
+        return self._try(manifest, folder, limits)
+
+    def _not_now(self, manifest: Manifest) -> str:
+        """Why the release is not fetched now; InstallError if it does not fit."""
+        folder = self.slots.staged(manifest)
+        if folder is not None and is_there(folder / MODEL, manifest):
+            return ""
+        need = room_needed(self.repository, manifest)
+        room = free_bytes(self.slots.folder) + self.slots.reclaimable()
+        if need + self.checks.reserve_bytes > room:
+            why = (
+                f"disk full: release {manifest.release} needs {need} bytes and "
+                f"{self.checks.reserve_bytes} in reserve, {room} bytes free in {self.slots.folder}"
             )
-        return InstallOutcome(Status.CURRENT, manifest.release)
-    reason = slots.rejected().get(manifest.release)
-    if reason is not None:
-        return InstallOutcome(Status.REJECTED, manifest.release, reason)
-    _require_room(repository, slots, manifest, checks.reserve_bytes)
-    folder = slots.stage(manifest)
-    try:
-        repository.target(manifest.model, folder / MODEL)
-        repository.target(manifest.golden, folder / GOLDEN)
-    except InstallError:
-        slots.unstage()  # a disk kept full by half a release could not even take the next metadata
-        raise
-    try:
-        _require_attempt_left(slots.begin_check(manifest))
-        latency = check_health(folder, manifest, checks)
-    except GraphError as e:
-        slots.reject(manifest.release, str(e))
-        return InstallOutcome(Status.REJECTED, manifest.release, str(e))
-    slots.switch(manifest)
-    return InstallOutcome(Status.INSTALLED, manifest.release, latency_ms=latency)
+            self._note(Phase.WANTED, reason=why)
+            raise InstallError(why)
+        return self.checks.may_fetch()
 
+    def _fetch(self, manifest: Manifest) -> Path:
+        self._note(Phase.DOWNLOADING)
+        folder = self.slots.stage(manifest)
+        try:
+            Fetch(
+                self.repository,
+                self.slots,
+                manifest,
+                folder,
+                self.checks.apply_delta,
+                spare=self.checks.reserve_bytes,
+                verifying=lambda: self._note(Phase.VERIFYING),
+            ).run()
+        except InstallError:
+            # a disk kept full by half a release could not even take the next metadata
+            self.slots.unstage()
+            raise
+        return folder
 
-def _require_attempt_left(attempt: int) -> None:
-    """GraphError if earlier attempts ended with the process: the model kills what tries it."""
-    if attempt > MAX_STARTS:
-        raise GraphError(f"the health check did not finish in {MAX_STARTS} attempts")
+    def _try(
+        self, manifest: Manifest, folder: Path, limits: Limits
+    ) -> tuple[str, InstallOutcome | None]:
+        """The health check, and the switch."""
+        self._note(Phase.CHECKING)
+        active = self.slots.active()
+        try:
+            finding = self._trial(manifest, folder, limits, active)
+        except GraphError as e:
+            self.slots.reject(manifest, str(e))
+            return str(e), None
+        except TrialStoppedError:
+            self.slots.forget_check(manifest)
+            return "", InstallOutcome(
+                Status.POSTPONED, self.wanted, "the agent ended during the health check"
+            )
+        self.slots.journal.note(sync=True, model=manifest.sha256, finding=finding)
+        _note_arrival(self.slots, self.slots.switch(manifest, self.repository.origin, self.serial))
+        return "", InstallOutcome(Status.INSTALLED, self.wanted, finding=finding)
 
-
-def check_health(folder: Path, manifest: Manifest, checks: Checks) -> float:
-    """Try a staged release on its golden samples.
-
-    Args:
-        folder: Holds `MODEL` and `GOLDEN`, verified.
-        manifest: Says what to expect.
-        checks: How often to time it.
-
-    Returns:
-        Median latency of one sample in milliseconds.
-
-    Raises:
-        GraphError: The model does not load, raises, differs from the golden outputs, yields
-            values that are not finite or is too slow; or the golden samples are unusable.
-    """
-    x, y = load_golden(folder / GOLDEN, manifest)
-    model = load_model(folder / MODEL, checks.threads)
-    got = model.run(x)
-    if got.shape != y.shape:
-        raise GraphError(f"golden samples: the model's output has shape {got.shape}, not {y.shape}")
-    worst = float(np.max(np.abs(got - y)))
-    if not worst <= manifest.tolerance:
-        raise GraphError(
-            f"golden samples: outputs differ by up to {worst:.3g}, allowed are "
-            f"{manifest.tolerance:.3g}"
+    def _trial(
+        self, manifest: Manifest, folder: Path, limits: Limits, active: Installed | None
+    ) -> Finding:
+        if self.slots.begin_check(manifest) > MAX_STARTS:
+            raise GraphError(f"the health check did not finish in {MAX_STARTS} attempts")
+        if active is not None and active.release > manifest.release:
+            # a release that is being withdrawn is not what its successor must agree with
+            limits = limits.model_copy(update={"agreement": None})
+        request = Request(
+            folder=str(folder),
+            manifest=manifest,
+            limits=limits,
+            incumbent=None if active is None else str(active.model),
+            incumbent_shape=() if active is None else active.manifest.input_shape,
+            incumbent_labels=() if active is None else active.manifest.labels,
+            runs=self.checks.runs,
+            threads=self.checks.threads,
         )
-    latency = _latency_ms(model, x[:1], checks)
-    if manifest.max_latency_ms is not None and latency > manifest.max_latency_ms:
-        raise GraphError(
-            f"one sample takes {latency:.3g} ms (median of {checks.runs}), allowed are "
-            f"{manifest.max_latency_ms:.3g} ms"
-        )
-    return latency
+        return self.checks.trial(request, self.evidence)
 
-
-def _latency_ms(model: Model, x: NDArray[np.float32], checks: Checks) -> float:
-    times = []
-    for _ in range(checks.runs):
-        begun = checks.clock()
-        model.run(x)
-        times.append(checks.clock() - begun)
-    return median(times) * 1000
-
-
-def _require_room(
-    repository: TrustedRepository, slots: Slots, manifest: Manifest, reserve: int
-) -> None:
-    """InstallError before anything is overwritten, if the release will not fit."""
-    size = manifest.size + repository.describe(manifest.golden).size
-    free = free_bytes(slots.folder)
-    if size + reserve > free + slots.reclaimable():
-        raise InstallError(
-            f"disk full: release {manifest.release} needs {size} bytes and {reserve} in reserve, "
-            f"{free + slots.reclaimable()} bytes free in {slots.folder}"
-        )
+    def _note(self, phase: Phase, *, reason: str = "", device_class: str | None = None) -> None:
+        journal = self.slots.journal
+        device_class = device_class or journal.read().device_class
+        journal.note(phase=phase, release=self.wanted, reason=reason, device_class=device_class)

@@ -41,16 +41,51 @@ def rss_mb(status: Path = Path("/proc/self/status")) -> float:
     Args:
         status: The kernel's report; where it cannot be read, the peak so far is returned.
     """
-    try:
-        for line in status.read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024 / 1e6
-    except (OSError, ValueError, IndexError):
-        pass
-    return peak_rss_mb()
+    now = _kernel_mb("VmRSS:", status)
+    return peak_rss_mb() if now is None else now
 
 
 def peak_rss_mb() -> float:
     """Largest resident memory this process has had, in MB of 10**6 bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def reset_peak() -> float:
+    """Let `peak_mb` begin anew; returns the resident memory now, in MB of 10**6 bytes.
+
+    Where the kernel does not allow it, a peak from before counts as taken already.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return peak_rss_mb()
+    return rss_mb()
+
+
+def peak_mb() -> float:
+    """Largest resident memory since `reset_peak`, in MB of 10**6 bytes."""
+    peak = _kernel_mb("VmHWM:", Path("/proc/self/status"))
+    return peak_rss_mb() if peak is None else peak
+
+
+def data_mb() -> float:
+    """What counts against RLIMIT_DATA now, in MB of 10**6 bytes; 0 where it is not known."""
+    return _kernel_mb("VmData:", Path("/proc/self/status")) or 0.0
+
+
+def available_mb() -> float:
+    """Memory that programs on this machine may still take, in MB; much where it is not known."""
+    available = _kernel_mb("MemAvailable:", Path("/proc/meminfo"))
+    return 1e6 if available is None else available
+
+
+def _kernel_mb(key: str, file: Path) -> float | None:
+    """A line `key  123 kB` of the kernel's reports."""
+    try:
+        for line in file.read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1]) * 1024 / 1e6
+    except (OSError, ValueError, IndexError):
+        pass
+    return None

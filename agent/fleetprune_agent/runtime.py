@@ -6,6 +6,8 @@ before it trusts either; when the fast one is refused it falls back to the porta
 """
 
 import base64
+import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -121,3 +123,35 @@ def verify(session: ort.InferenceSession, meta: GraphMeta) -> None:
     except Exception as e:  # onnxruntime's errors have no common base
         raise GraphError(f"{meta.kind} graph does not run on this machine: {e}") from e
     check_outputs(meta, dict(zip(names, values, strict=True)))
+
+
+def tiny_model(opset: int, ir_version: int) -> bytes:
+    """An identity of shape (1,), as ONNX of these versions, both in 1..127."""
+    node = b':7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01g'
+    ports = b"Z\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01" + (
+        b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01"
+    )
+    return bytes([0x08, ir_version]) + node + ports + b"B\x04\n\x00\x10" + bytes([opset])
+
+
+def survey() -> str:
+    """What this runtime can load, as JSON: the fields of `compatibility.Machine`."""
+    ir_version = _newest(lambda n: tiny_model(13, n))
+    return json.dumps(
+        {
+            "runtime": "onnxruntime",
+            "runtime_version": ort.__version__,
+            "ir_version": ir_version,
+            "opset": _newest(lambda n: tiny_model(n, min(ir_version, 8))),
+        }
+    )
+
+
+def _newest(model: Callable[[int], bytes]) -> int:
+    """The last of the versions 1, 2, ... that loads."""
+    for number in range(1, 128):
+        try:
+            inference_session(model(number))
+        except GraphError:
+            return number - 1
+    return 127

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fleetprune.errors import DataError, GraphError, InstallError
 from fleetprune.manifest import Manifest
+from fleetprune_agent.recent import Recent
 from fleetprune_agent.runtime import inference_session
 from fleetprune_agent.slot_files import Installed, State
 from fleetprune_agent.slots import Slots
@@ -96,14 +97,22 @@ class _Serving:
 class Predictor:
     """Serves the active release of some slots; follows every switch. Threads may share it."""
 
-    def __init__(self, slots: Slots, threads: int = 1, commit_after: int = COMMIT_AFTER) -> None:
+    def __init__(
+        self,
+        slots: Slots,
+        threads: int = 1,
+        commit_after: int = COMMIT_AFTER,
+        recent: Recent | None = None,
+    ) -> None:
         """Nothing is loaded yet.
 
         Args:
             slots: Where releases are installed.
             threads: Of onnxruntime.
             commit_after: Good predictions that commit a release on trial.
+            recent: Keeps what is predicted for, to try later releases on; None: nothing is kept.
         """
+        self._recent = recent
         self._slots, self._threads, self._commit_after = slots, threads, commit_after
         self._lock = threading.Lock()
         self._version: tuple[int, int, int] | None = None
@@ -143,6 +152,8 @@ class Predictor:
                 except GraphError as second:
                     raise InstallError(f"both installed models fail: {e}; {second}") from second
             self._count_good(serving)
+            if self._recent is not None:
+                self._recent.add(_checked(x, serving.installed.manifest))
             return y
 
     def _current(self) -> _Serving:

@@ -1,26 +1,27 @@
 """The files of a slot, and which of them are believed.
 
 A slot is whole while its files match the hashes in its slot.json, which is written last, after
-the health check. A file that does not parse is the same as one that is not there.
+the health check. A record that does not parse is the same as one that is not there.
 """
 
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from pydantic import Field
 
-from fleetprune.errors import MessageError
 from fleetprune.files import sha256_of, storage_errors, sync_folder
 from fleetprune.manifest import Manifest
-from fleetprune.messages import Message, Sha256
+from fleetprune.messages import Count, Message, Name, Sha256
+from fleetprune_agent.statefile import read_message, refuse_newer
 
 MODEL = "model.onnx"
 GOLDEN = "golden.npz"
 RECORD = "slot.json"
 STAGING = "staging.json"
+DELTA = "model.delta"
 
 SlotName = Literal["a", "b"]
 SLOTS: tuple[SlotName, ...] = ("a", "b")
@@ -40,7 +41,7 @@ class Pointer(Message):
     release: int = Field(ge=1)
     state: State
     attempts: int = Field(default=0, ge=0)
-    """Starts while on trial."""
+    """Ends of the agent that nobody asked for, while on trial."""
     previous: SlotName | None = None
     """The slot that ran before: for people; what is believed is what is in the slots."""
 
@@ -52,6 +53,10 @@ class Record(Message):
     files: dict[str, Sha256]
     proven: bool = False
     """Was committed once."""
+    origin: str = Field(default="", max_length=64)
+    """Root of trust of the rollout that wanted it."""
+    serial: Count = 0
+    """Of that rollout."""
 
 
 class Staging(Message):
@@ -60,13 +65,34 @@ class Staging(Message):
     manifest: Manifest
     checks: int = Field(default=0, ge=0)
     """Health checks begun."""
+    whole: bool = False
+    """No delta is to be used: one was tried."""
+
+
+class Refusal(Message):
+    """A model that failed here."""
+
+    release: int = Field(ge=1)
+    device_class: Name
+    """Whose model it is: a smaller class's may run where our own failed."""
+    reason: str
+    ran: bool = False
+    """It was active when it failed."""
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.device_class}'s model: {self.reason}"
+
+    def concerns(self, manifest: Manifest) -> bool:
+        """Whether this is the model of a manifest."""
+        return (self.release, self.device_class) == (manifest.release, manifest.device_class)
 
 
 class Rejected(Message):
     """Content of rejected.json."""
 
-    releases: dict[int, str] = Field(default_factory=dict)
-    """Release to reason."""
+    models: tuple[Refusal, ...] = ()
+    """In the order in which they failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +104,8 @@ class Installed:
     manifest: Manifest
     state: State
     proven: bool
+    origin: str = ""
+    serial: int = 0
 
     @property
     def release(self) -> int:
@@ -88,17 +116,6 @@ class Installed:
     def model(self) -> Path:
         """The ONNX file."""
         return self.folder / MODEL
-
-
-M = TypeVar("M", bound=Message)
-
-
-def read_message(path: Path, kind: type[M]) -> M | None:
-    """A small file of ours; None where it is missing or damaged."""
-    try:
-        return kind.from_bytes(path.read_bytes())
-    except (OSError, MessageError):
-        return None
 
 
 def read_whole(folder: Path, slot: SlotName) -> Installed | None:
@@ -112,12 +129,18 @@ def read_whole(folder: Path, slot: SlotName) -> Installed | None:
     with suppress(OSError):
         if all(sha256_of(folder / name) == sha for name, sha in record.files.items()):
             state = State.COMMITTED if record.proven else State.TRIAL
-            return Installed(slot, folder, record.manifest, state, record.proven)
+            heard = record.origin, record.serial
+            return Installed(slot, folder, record.manifest, state, record.proven, *heard)
     return None
 
 
 def wipe(folder: Path) -> None:
-    """Empty a slot."""
+    """Empty a slot.
+
+    Raises:
+        InstallError: The disk refuses, or a newer version of the agent has put a release there.
+    """
+    refuse_newer(folder / RECORD)
     with storage_errors("clean", folder):
         for path in folder.iterdir():
             path.unlink()

@@ -151,6 +151,37 @@ def test_a_device_s_life(hub, device, repository):
     assert not list((device.config.state / "tasks").iterdir())
 
 
+def test_a_stop_is_told_from_a_crash_and_a_settled_release_is_noted(
+    hub, device, repository, monkeypatch
+):
+    monkeypatch.setattr("fleetprune_agent.agent.STEADY_S", 0.5)
+    repository.release(1)
+    starts = device.config.state / "slots" / "starts.json"
+
+    def noted() -> dict:
+        return json.loads(starts.read_bytes())
+
+    device.start()
+    report = until(hub.telemetry, lambda t: t.release == 1, "a report of the release")
+    wait_until(lambda: noted()["sha256"] == report.sha256 and noted()["settled"], "the note")
+    assert noted()["running"]
+    device.stop()
+    assert not noted()["running"]
+    device.start()
+    wait_until(lambda: noted()["running"], "the start")
+    assert (noted()["crashes"], noted()["settled"]) == (0, True)
+
+
+def test_a_damaged_trust_folder_is_set_aside(hub, device, repository):
+    trust = device.config.state / "trust"
+    (trust / "targets.json").mkdir(parents=True)
+    repository.release(1)
+    device.start()
+    until(hub.telemetry, lambda t: t.release == 1, "a report of the release")
+    assert (trust / "targets.json").is_file()
+    assert (device.config.state / "trust.bad" / "targets.json").is_dir()
+
+
 def test_a_task_that_cannot_be_done_is_refused_with_its_reason(hub, device):
     shelf = Shelf()
     task = shelf.task("t1", [step()], device="d1", mask_version=9)

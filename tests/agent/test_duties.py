@@ -1,12 +1,14 @@
 import os
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from models import INPUTS
 from repositories import NOW, MemoryRepository
 from step_graphs import Shelf, step
 
-from fleetprune.errors import TransportError, TrustError
+from fleetprune.errors import InstallError, TransportError, TrustError
 from fleetprune.messages import Blob, GraphRef, Progress, Telemetry
 from fleetprune.mqtt import BrokerSettings
 from fleetprune.outbox import Kind
@@ -15,10 +17,12 @@ from fleetprune_agent.data import checked, split
 from fleetprune_agent.duties import Duties
 from fleetprune_agent.feedback import InMemory
 from fleetprune_agent.inbox import TaskInbox
+from fleetprune_agent.recent import Recent
 from fleetprune_agent.sessions import Graphs
 from fleetprune_agent.slots import Slots
 from fleetprune_agent.sources import DeviceSource
 from fleetprune_agent.telemetry import Traffic
+from fleetprune_agent.trial import TrialStoppedError, in_process
 from fleetprune_agent.trust import TrustedRepository
 from fleetprune_agent.worker import Worker, WorkerSettings
 
@@ -154,6 +158,101 @@ def test_a_report_from_before_an_installation_is_measured_anew(bench):
     last.write_bytes(b"{")
     bench.duties.repeat_report()
     assert Telemetry.from_bytes(last.read_bytes()).release == 1
+
+
+@pytest.mark.parametrize("error", [TransportError("outbox is full"), InstallError("disk full")])
+def test_a_report_that_fails_undoes_no_installation(bench, monkeypatch, error):
+    """Broker away, outbox full, disk full: the release runs, and the fleet learns it later."""
+    bench.released.release(1)
+
+    def fail(*_args, **_kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        if isinstance(error, InstallError):
+            patch.setattr("fleetprune_agent.duties.write_atomic", fail)
+        else:
+            bench.full = True
+        assert bench.duties.refresh()
+    bench.full = False
+    assert bench.duties.slots.active().release == 1
+    assert bench.duties.slots.rejected() == {}
+    assert bench.delivered == []
+    bench.duties.repeat_report()
+    assert bench.delivered == [(Kind.TELEMETRY, "telemetry")]
+    assert last(bench).release == 1
+
+
+def last(bench) -> Telemetry:
+    return Telemetry.from_bytes((bench.duties.config.state / "last.json").read_bytes())
+
+
+def test_a_report_that_is_no_longer_true_is_not_repeated(bench):
+    bench.released.release(1)
+    bench.duties.refresh()
+    assert (last(bench).plan, last(bench).state) == (1, "trial")
+    bench.duties.slots.commit()
+    bench.duties.repeat_report()
+    assert last(bench).state == "committed"
+    bench.duties.slots.start()
+    bench.duties.slots.start()
+    bench.duties.repeat_report()
+    assert last(bench).crashes == 1
+
+
+def test_a_release_is_tried_in_a_process_of_its_own_on_our_samples(bench):
+    """Four samples, none held out: what the model says of them is compared."""
+    shape = {"input_shape": (INPUTS,)}
+    bench.duties = replace(
+        bench.duties,
+        split=split(checked(np.ones((20, INPUTS)), [0] * 20, str, "memory"), 0.5),
+    )
+    for release in (1, 2):
+        bench.released.release(release, fields=shape)
+        assert bench.duties.refresh()
+    report = last(bench)
+    assert (report.release, report.plan, report.state) == (2, 2, "committed")
+    assert report.samples == len(bench.duties.split.held_out) > 0
+    assert (report.accuracy, report.accuracy_before, report.agreement) == (1.0, 1.0, 1.0)
+
+
+def test_samples_seen_in_service_are_used_where_they_are_kept(bench, tmp_path):
+    config = bench.duties.config.model_copy(update={"recent_samples": 12})
+    data = checked(np.ones((2, INPUTS)), [0, 0], str, "memory")
+    bench.duties = replace(bench.duties, config=config, split=split(data, 0))
+    seen = []
+
+    def trial(request, evidence):
+        seen.append(len(evidence.recent))
+        return in_process(request, evidence)
+
+    bench.duties = replace(bench.duties, trial=trial)
+    bench.released.release(1)
+    bench.duties.refresh()
+    Recent(tmp_path, keep=12).add(np.ones((12, INPUTS), np.float32))
+    bench.released.release(2)
+    bench.duties.refresh()
+    assert seen == [2, 12]
+
+
+def test_a_release_that_may_not_be_fetched_now_is_said_to_wait(bench):
+    bench.released.release(1)
+    bench.duties = replace(bench.duties, may_fetch=lambda: "quiet hours until 06:00")
+    assert bench.duties.refresh()
+    assert (last(bench).release, last(bench).postponed) == (0, "quiet hours until 06:00")
+    bench.duties = replace(bench.duties, may_fetch=lambda: "")
+    assert bench.duties.refresh()
+    assert (last(bench).release, last(bench).postponed) == (1, "")
+
+
+def test_an_agent_that_ends_during_a_trial_says_nothing(bench):
+    def stopped(*_args):
+        raise TrialStoppedError
+
+    bench.released.release(1)
+    bench.duties = replace(bench.duties, trial=stopped, stopped=lambda: True)
+    assert bench.duties.refresh()
+    assert bench.delivered == []
 
 
 def test_graphs_come_signed_or_not_at_all(tmp_path):

@@ -1,38 +1,18 @@
 import errno
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from devices import Device
 from models import INPUTS, ZEROS, gemm, golden, not_finite_on_large_input, npz
-from repositories import Clock, MemoryRepository
 
 from fleetprune.errors import InstallError, TransportError, TrustError
+from fleetprune_agent.health import examine
 from fleetprune_agent.install import Checks, InstallOutcome, Status, install
-from fleetprune_agent.serving import Predictor
-from fleetprune_agent.slots import MAX_STARTS, Slots
-from fleetprune_agent.trust import TrustedRepository
-
-
-class Device:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.clock = Clock()
-        self.repository = MemoryRepository()
-        self.restart()
-
-    def restart(self) -> None:
-        self.trusted = TrustedRepository(
-            self.folder / "trust", self.repository.bootstrap, self.repository, self.clock
-        )
-        self.slots = Slots(self.folder)
-
-    def install(self, checks: Checks | None = None) -> InstallOutcome:
-        return install(self.trusted, self.slots, "phone", checks)
-
-    def answer(self) -> float:
-        return float(Predictor(self.slots).predict(ZEROS)[0, 0])
+from fleetprune_agent.slots import MAX_STARTS
 
 
 @pytest.fixture
@@ -80,7 +60,7 @@ def test_a_device_that_was_off_for_months_serves_and_then_updates(device):
         device.install()
     assert device.answer() == 1
     for payload in (
-        device.repository.targets,
+        *device.repository.content().values(),
         device.repository.snapshot,
         device.repository.timestamp,
     ):
@@ -160,7 +140,8 @@ def test_a_model_that_does_not_load_is_rejected(device):
 def ticking(*seconds: float) -> Checks:
     """A clock that says so at each call."""
     times: Iterator[float] = iter(seconds)
-    return Checks(runs=len(seconds) // 2, clock=lambda: next(times))
+    trial = partial(examine, clock=lambda: next(times))
+    return Checks(runs=len(seconds) // 2, trial=trial)
 
 
 def test_latency_is_a_median(device):
@@ -187,13 +168,31 @@ def test_another_model_under_the_installed_number(device):
     assert device.answer() == 1
 
 
-def test_an_older_release_is_refused(device):
-    device.repository.release(2)
-    device.install()
-    device.repository.release(1)
-    with pytest.raises(TrustError) as e:
+def test_an_authorised_return_to_an_older_release(device):
+    for release in (1, 2):
+        device.repository.release(release)
         device.install()
-    assert str(e.value) == "release 1 for phone is older than the installed release 2"
+    device.repository.roll_out(stable=1)
+    outcome = device.install()
+    assert (outcome.status, outcome.release) == (Status.INSTALLED, 1)
+    assert device.answer() == 1
+
+
+def test_only_the_cohort_gets_a_candidate(device):
+    device.repository.release(1)
+    device.install()
+    device.repository.release(2, to_all=False)
+    device.repository.roll_out(stable=1, candidate=2, canaries=("d7",))
+    assert device.install() == InstallOutcome(Status.CURRENT, 1)
+    outcome = install(device.trusted, device.slots, "phone", device="d7")
+    assert (outcome.status, outcome.release) == (Status.INSTALLED, 2)
+
+
+def test_a_young_fleet_has_nothing_to_install(device):
+    device.repository.release(1, to_all=False)
+    assert device.install() == InstallOutcome(Status.NONE, 0)
+    device.repository.roll_out(candidate=1)
+    assert device.install() == InstallOutcome(Status.NONE, 0)
 
 
 def test_a_lost_connection_keeps_the_old_model_and_what_came(device, monkeypatch):
@@ -216,7 +215,7 @@ def test_a_lost_connection_keeps_the_old_model_and_what_came(device, monkeypatch
     assert device.answer() == 2
 
 
-def test_a_model_that_takes_the_process_down_is_given_up(device, monkeypatch):
+def test_a_model_that_takes_the_process_down_is_given_up(device):
     """The check is noted before it is made, or the agent would crash at every start for ever."""
     device.repository.release(1)
     device.install()
@@ -229,10 +228,9 @@ def test_a_model_that_takes_the_process_down_is_given_up(device, monkeypatch):
     def crash(*args: object) -> None:
         raise CrashedError
 
-    monkeypatch.setattr("fleetprune_agent.install.check_health", crash)
     for _ in range(MAX_STARTS):
         with pytest.raises(CrashedError):
-            device.install()
+            device.install(Checks(trial=crash))
         device.restart()
     assert device.install() == InstallOutcome(
         Status.REJECTED, 2, "the health check did not finish in 3 attempts"

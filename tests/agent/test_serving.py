@@ -189,11 +189,11 @@ def test_a_full_disk_costs_no_answer(device, monkeypatch):
     device.slots.commit()
     device.install(2, model=raises_on_large_input(2), samples=_golden_for(None, 2))
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, data: bytes, *, sync: bool) -> None:
         raise InstallError(f"disk full: cannot write {path}, 0 bytes free")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fleetprune_agent.slots.write_atomic", full)
+        patch.setattr("fleetprune_agent.statefile.write_atomic", full)
         for _ in range(COMMIT_AFTER + 1):
             assert device.answer() == 2
         assert device.predictor.predict(LARGE).tolist() == [[401, 401, 401]]

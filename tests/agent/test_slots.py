@@ -10,6 +10,7 @@ from fleetprune.errors import InstallError
 from fleetprune.manifest import Manifest
 from fleetprune_agent.slot_files import GOLDEN, MODEL, State
 from fleetprune_agent.slots import MAX_REJECTED, MAX_STARTS, Slots
+from fleetprune_agent.starts import MAX_EARLY
 
 
 def manifest_of(release: int) -> Manifest:
@@ -221,10 +222,65 @@ def test_too_many_starts_on_trial(slots, tmp_path):
     assert slots.rejected() == {2: "not committed in 3 starts"}
 
 
-def test_starts_of_a_committed_release_do_not_count(slots):
+def test_clean_stops_are_no_crashes(slots):
+    committed(slots, 1)
+    on_trial(slots, 2)
+    for _ in range(10):
+        assert slots.start().release == 2
+        slots.stop()
+    assert slots.crashes() == 0
+
+
+def test_a_committed_release_that_the_agent_does_not_survive_is_rolled_back(slots):
     committed(slots, 1)
     committed(slots, 2)
+    assert slots.start().release == 2
+    for ends in range(1, MAX_EARLY + 1):
+        assert slots.start().release == 2
+        assert slots.crashes() == ends
+    assert slots.start().release == 1
+    assert slots.rejected() == {
+        2: "the agent ended unasked 6 times in succession, each within 600 s of its start"
+    }
+    assert slots.crashes() == 0, "another model"
     for _ in range(10):
+        assert slots.start().release == 1, "there is nothing else"
+    assert slots.crashes() == 10
+
+
+def test_a_settled_release_is_no_longer_blamed(slots):
+    committed(slots, 1)
+    committed(slots, 2)
+    slots.start()
+    slots.steady()
+    for ends in range(1, 3 * MAX_EARLY):
+        assert slots.start().release == 2
+        assert slots.crashes() == ends
+
+
+def test_early_ends_in_succession_are_those_without_a_clean_one_between(slots):
+    committed(slots, 1)
+    committed(slots, 2)
+    for _ in range(3):
+        for _ in range(MAX_EARLY):
+            assert slots.start().release == 2
+        slots.stop()
+    assert slots.crashes() == 3 * (MAX_EARLY - 1)
+
+
+def test_a_crash_is_that_of_the_release_that_ran_last(slots):
+    committed(slots, 1)
+    slots.start()
+    slots.steady()
+    committed(slots, 2)  # while the agent ran
+    slots.start()
+    assert slots.crashes() == 1
+
+
+def test_no_rollback_of_a_boot_loop_to_what_was_never_proven(slots):
+    on_trial(slots, 1)
+    committed(slots, 2)
+    for _ in range(3 * MAX_EARLY):
         assert slots.start().release == 2
 
 
@@ -238,7 +294,7 @@ def test_many_starts_without_an_alternative_change_nothing(slots):
 def test_a_rollback_that_was_killed_half_way_ends_at_the_next_start(slots):
     committed(slots, 1)
     on_trial(slots, 2)
-    slots.reject(2, "it failed")  # killed here: noted, not yet switched
+    slots.reject(manifest_of(2), "it failed", ran=True)  # killed here: noted, not yet switched
     assert slots.start().release == 1
 
 
@@ -319,14 +375,14 @@ def test_killed_between_seal_and_switch(slots, monkeypatch):
 
 
 def test_damaged_notes_are_forgotten(slots):
-    slots.reject(1, "it failed")
+    slots.reject(manifest_of(1), "it failed")
     (slots.folder / "rejected.json").write_bytes(b"{")
     assert slots.rejected() == {}
 
 
 def test_notes_are_few_short_and_on_one_line(slots):
     for release in range(1, 100):
-        slots.reject(release, "one\ntwo " + "é" * 1000)
+        slots.reject(manifest_of(release), "one\ntwo " + "é" * 1000)
     assert len(slots.rejected()) == MAX_REJECTED
     assert max(slots.rejected()) == 99
     assert {len(reason) for reason in slots.rejected().values()} == {200}
@@ -359,10 +415,12 @@ def test_the_version_changes_with_every_change_of_the_pointer(slots):
 
 def test_threads_that_change_at_once_take_turns(slots):
     committed(slots, 1)
-    threads = [
-        threading.Thread(target=lambda n=n: [slots.reject(n * 10 + i, "x") for i in range(3)])
-        for n in range(1, 5)
-    ]
+
+    def reject(first: int) -> None:
+        for release in range(first, first + 3):
+            slots.reject(manifest_of(release), "x")
+
+    threads = [threading.Thread(target=reject, args=(n * 10,)) for n in range(1, 5)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -11,8 +11,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fleetprune.errors import BudgetError
-from fleetprune_agent.install import Checks, check_health
+from fleetprune_agent.health import examine
 from fleetprune_agent.slot_files import GOLDEN, MODEL
+from fleetprune_agent.trial import Evidence, Request
 from fleetprune_coordinator.config import FleetConfig
 from fleetprune_coordinator.export import Format, export
 from fleetprune_coordinator.int8 import Verdict
@@ -150,7 +151,7 @@ def test_a_device_accepts_the_file_and_knows_its_labels_by_the_golden_samples(
     for one in released.values():
         (tmp_path / MODEL).write_bytes(one.artifact.onnx)
         (tmp_path / GOLDEN).write_bytes(one.artifact.golden)
-        check_health(tmp_path, one.manifest, Checks(runs=1))
+        examine(Request(folder=str(tmp_path), manifest=one.manifest, runs=1), Evidence())
         with np.load(tmp_path / GOLDEN) as golden:
             ordered, spread = np.sort(golden["y"], axis=1), np.ptp(golden["y"])
         # Whatever is within the tolerance has the same largest output.
