@@ -271,7 +271,8 @@ class Coordinator:
             for name, artifact in artifacts.items()
         }
         self._check_stop()
-        return self.repository.publish_release(self.repository.latest_release() + 1, contents)
+        number = self.repository.latest_release() + 1
+        return self.repository.publish_release(number, contents, to_all=True)
 
     def _note(
         self, manifests: Mapping[str, Manifest], verdicts: Mapping[str, Verdict | None]

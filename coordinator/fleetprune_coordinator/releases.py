@@ -1,45 +1,29 @@
 """The release repository: signed graphs and models that devices pull and verify (TUF).
 
-`timestamp.json` is the only file that is ever replaced; all others are named by version or by
-hash and are written before it. So replacing it is the commit: a kill at any instant leaves the
-repository as it was before or as it is after, and the next publication overwrites whatever
-versioned files were written but never named.
-
-The state is read from disk at each call, so a failed call leaves nothing stale in memory.
-A quality rollback is a new release with old bytes: numbers only rise.
+A release is signed by role `targets` and then lies there; what devices run is said by a
+`Rollout`, signed by role `rollouts`. Numbers of releases only rise; to go back, a rollout names an
+older release that is still signed.
 """
 
 import hashlib
 import re
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
 
-from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import (  # type: ignore[attr-defined]  # tuf re-exports without saying so
-    Metadata,
-    Root,
-    Signed,
-    Snapshot,
-    TargetFile,
-    Targets,
-    Timestamp,
-)
+from tuf.api.metadata import Targets  # type: ignore[attr-defined]  # tuf re-exports it silently
 
-from fleetprune.errors import ConfigError, RegistryError
-from fleetprune.files import make_folder, write_atomic
-from fleetprune.manifest import Manifest
+from fleetprune.errors import RegistryError
+from fleetprune.files import write_atomic
+from fleetprune.manifest import Delta, Manifest, Requirements, Training, manifest_path
 from fleetprune.messages import GraphRef
-from fleetprune_coordinator.keys import Expiry, load_signers, meta_file, sign
+from fleetprune.rollout import Rollout, rollout_path
+from fleetprune_coordinator.roles import GRAPHS, ROLLOUTS, Expiry
+from fleetprune_coordinator.signed_folder import SignedFolder, State
 
-MAX_TARGET_PATH = 256  # characters, as in `Manifest` and `GraphRef`
-KEEP_RELEASES = 8  # per class; older ones leave the signed list and the disk
-KEEP_METADATA = 8  # versions of targets and snapshot; a device may be reading an older one
-S = TypeVar("S", bound=Signed)
+KEEP_RELEASES = 8  # per class; older ones that no rollout names leave the list and the disk
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RELEASE = re.compile(r"releases/([^/]+)/(\d+)/[^/]+")
 
@@ -53,14 +37,23 @@ class ReleaseContent:
     """An .npz with `x` (n, *input_shape) float32 and `y` (n, classes) float32."""
     input_shape: tuple[int, ...]
     """Of one sample, without the batch axis."""
+    deltas: tuple[tuple[str, bytes], ...] = ()
+    """SHA-256 of a model that may be installed, and the file that makes this one from it."""
     tolerance: float = 1e-3
+    requires: Requirements = field(default_factory=Requirements)
+    smaller: str | None = None
     max_latency_ms: float | None = None
+    max_rss_mb: float | None = None
+    min_agreement: float | None = None
     labels: tuple[str, ...] = ()
     macs: int = 0
     peak_activation_bytes: int = 0
     accuracy: float | None = None
+    samples: int = 0
     round: int = 0
     mask_version: int = 0
+    training: Training = field(default_factory=Training)
+    licence: str = ""
 
     def manifest(self, release: int, device_class: str) -> Manifest:
         """The manifest that devices of the class will verify and follow."""
@@ -69,19 +62,49 @@ class ReleaseContent:
             release=release,
             device_class=device_class,
             model=f"{base}/model.onnx",
-            sha256=hashlib.sha256(self.onnx).hexdigest(),
+            sha256=_sha256(self.onnx),
             size=len(self.onnx),
             golden=f"{base}/golden.npz",
             tolerance=self.tolerance,
+            requires=self.requires,
+            deltas=tuple(
+                Delta(
+                    base=installed,
+                    target=f"{base}/from-{installed}.delta",
+                    sha256=_sha256(data),
+                    size=len(data),
+                )
+                for installed, data in self.deltas
+            ),
+            smaller=self.smaller,
             max_latency_ms=self.max_latency_ms,
+            max_rss_mb=self.max_rss_mb,
+            min_agreement=self.min_agreement,
             labels=self.labels,
             input_shape=self.input_shape,
             macs=self.macs,
             peak_activation_bytes=self.peak_activation_bytes,
             accuracy=self.accuracy,
+            samples=self.samples,
             round=self.round,
             mask_version=self.mask_version,
+            training=self.training,
+            licence=self.licence,
         )
+
+    def files(self, manifest: Manifest) -> dict[str, bytes]:
+        """Target path to content of everything that is signed for `manifest`."""
+        path = manifest_path(manifest.device_class, manifest.release)
+        deltas = {
+            delta.target: data
+            for delta, (_, data) in zip(manifest.deltas, self.deltas, strict=True)
+        }
+        return {
+            manifest.model: self.onnx,
+            manifest.golden: self.golden,
+            **deltas,
+            path: manifest.to_bytes(),
+        }
 
 
 class ReleaseRepository:
@@ -103,64 +126,63 @@ class ReleaseRepository:
             write: Durable, atomic replacement of a file.
 
         Raises:
-            ConfigError: There is no readable repository, or a key is not the one that root names.
+            ConfigError: There is no readable repository, or a role that must sign has no key.
         """
-        self._public = folder / "public"
-        self._metadata = self._public / "metadata"
-        self._now, self._expiry, self._write = now, expiry or Expiry(), write
         self._lock = threading.Lock()
-        self._signers = load_signers(folder)
-        root = self._root()
-        for role, signer in self._signers.items():
-            if signer.public_key.keyid not in root.roles[role].keyids:
-                raise ConfigError(f"keys/{role}.pem is not the {role} key that root.json names")
-        self._load()
+        self._folder = SignedFolder(folder, now, expiry or Expiry(), write)
+        self._public = self._folder.public
 
     def root(self) -> bytes:
         """The first root metadata: what a device is provisioned with."""
-        return (self._metadata / "1.root.json").read_bytes()
+        return (self._folder.metadata / "1.root.json").read_bytes()
 
     def latest_release(self) -> int:
         """The highest release number ever published; 0: none."""
-        return _latest(self._load()[2])
+        return _latest(self._folder.load())
 
-    def manifest(self, device_class: str) -> Manifest | None:
-        """What devices of a class are told to run; None: nothing yet."""
-        info = self._load()[2].targets.get(f"classes/{device_class}.json")
-        return None if info is None else Manifest.from_bytes(self._target_file(info).read_bytes())
+    def rollout(self, device_class: str) -> Rollout | None:
+        """What devices of a class are told; None: nothing yet."""
+        return self._rollout(self._folder.load(), device_class)
 
-    def publish(self, targets: Mapping[str, bytes]) -> None:
-        """Add or replace signed files, all in one step.
+    def manifest(self, device_class: str, release: int | None = None) -> Manifest | None:
+        """What is signed about a release for a class.
 
         Args:
-            targets: Target path to content; parts of a path match `[A-Za-z0-9][A-Za-z0-9._-]*`.
+            device_class: The class.
+            release: Its number; None: the candidate of the class's rollout, or else the stable
+                one.
 
-        Raises:
-            RegistryError: A path is not acceptable; nothing was published.
-            InstallError: The disk is full or refuses; nothing was published.
+        Returns:
+            None where there is no such release.
         """
-        with self._lock:
-            self._publish(targets, drop=())
+        state = self._folder.load()
+        if release is None:
+            rollout = self._rollout(state, device_class)
+            release = 0 if rollout is None else rollout.candidate or rollout.stable
+        return self._manifest(state, device_class, release)
 
     def publish_graph(self, onnx: bytes) -> GraphRef:
         """Publish a graph under its own hash; does nothing if it is already there."""
-        digest = hashlib.sha256(onnx).hexdigest()
+        digest = _sha256(onnx)
         path = f"graphs/{digest}.onnx"
         with self._lock:
-            if path not in self._load()[2].targets:
-                self._publish({path: onnx}, drop=())
+            state = self._folder.load()
+            if state.find(GRAPHS, path) is None:
+                self._folder.put(state, GRAPHS, {path: onnx})
+                self._folder.commit(state, [GRAPHS])
         return GraphRef(target=path, sha256=digest)
 
     def publish_release(
-        self, release: int, models: Mapping[str, ReleaseContent]
+        self, release: int, models: Mapping[str, ReleaseContent], *, to_all: bool = False
     ) -> dict[str, Manifest]:
         """Publish models for some device classes, all in one step.
 
-        Classes that are not in `models` keep what they have.
+        No device runs them until a rollout names them.
 
         Args:
             release: Higher than every number published before.
             models: Device class to content.
+            to_all: In the same step, tell all devices of these classes to run it.
 
         Returns:
             Device class to its manifest.
@@ -172,47 +194,63 @@ class ReleaseRepository:
         manifests = {name: content.manifest(release, name) for name, content in models.items()}
         if not manifests:
             raise RegistryError(f"release {release} has no models, expected at least one class")
-        files: dict[str, bytes] = {}
-        for name, manifest in manifests.items():
-            files[manifest.model] = models[name].onnx
-            files[manifest.golden] = models[name].golden
-            files[f"classes/{name}.json"] = manifest.to_bytes()
         with self._lock:
-            current = self._load()[2]
-            latest = _latest(current)
+            state = self._folder.load()
+            latest = _latest(state)
             if release <= latest:
                 raise RegistryError(
                     f"release {release} is not new, expected more than {latest}: "
-                    "to go back, publish the old model under a new number"
+                    "to go back, roll an older release out"
                 )
-            self._publish(files, drop=_outdated(current, manifests))
+            for name, manifest in manifests.items():
+                self._folder.put(state, Targets.type, models[name].files(manifest))
+            changed = [Targets.type]
+            if to_all:
+                self._put_rollouts(state, self._to_all(state, release, manifests))
+                changed.append(ROLLOUTS)
+            dropped = self._folder.drop(state, Targets.type, self._outdated(state, manifests))
+            self._folder.commit(state, changed)
+            self._folder.delete(dropped)
         return manifests
+
+    def publish_rollout(self, *rollouts: Rollout) -> None:
+        """Tell devices of some classes what to run, all in one step.
+
+        Args:
+            rollouts: One per class.
+
+        Raises:
+            RegistryError: A release that is named is not signed for that class, or a serial does
+                not rise; nothing was published.
+            InstallError: The disk is full or refuses; nothing was published.
+        """
+        with self._lock:
+            state = self._folder.load()
+            for rollout in rollouts:
+                before = self._rollout(state, rollout.device_class)
+                if before is not None and rollout.serial <= before.serial:
+                    raise RegistryError(
+                        f"rollout {rollout.serial} for {rollout.device_class} is not new, "
+                        f"expected more than {before.serial}"
+                    )
+            self._put_rollouts(state, rollouts)
+            self._folder.commit(state, [ROLLOUTS])
+
+    def roll_out_to_all(self, release: int, classes: Iterable[str]) -> None:
+        """Tell all devices of some classes to run one release."""
+        self.publish_rollout(*self._to_all(self._folder.load(), release, classes))
 
     def refresh_timestamp(self) -> bool:
         """Re-sign whatever has less than half of its life left; call it every hour or so.
 
         Covers all roles: targets would expire after 90 days without a release, and root after a
-        year (it is left alone where its key was moved off the machine).
+        year. Roles whose keys were moved off the machine are left alone.
 
         Returns:
             Whether anything was written.
         """
         with self._lock:
-            root = self._root()
-            if Root.type in self._signers and self._stale(root):
-                self._renew(root)
-                self._write(
-                    self._metadata / f"{root.version}.root.json",
-                    sign(root, self._signers[Root.type]),
-                )
-            timestamp, snapshot, targets = self._load()
-            if self._stale(targets):
-                self._commit(targets, snapshot, timestamp)
-            elif self._stale(snapshot) or self._stale(timestamp):
-                self._commit(None, snapshot, timestamp)
-            else:
-                return False
-            return True
+            return self._folder.refresh()
 
     def path(self, name: str) -> Path | None:
         """The public file behind a name that a device asks for.
@@ -238,99 +276,66 @@ class ReleaseRepository:
         except FileNotFoundError:  # dropped by a publication just now
             return None
 
-    def _publish(self, files: Mapping[str, bytes], drop: tuple[str, ...]) -> None:
-        for path in files:
-            if len(path) > MAX_TARGET_PATH or not all(map(_PART.fullmatch, path.split("/"))):
-                raise RegistryError(
-                    f"target path {path!r} is not acceptable, expected at most {MAX_TARGET_PATH} "
-                    "characters in parts of letters, digits, '.', '_' and '-'"
-                )
-        timestamp, snapshot, targets = self._load()
-        dropped = [self._target_file(targets.targets.pop(path)) for path in drop]
-        for path, data in files.items():
-            info = TargetFile.from_data(path, data, ["sha256"])
-            file = self._target_file(info)
-            if not file.is_file():  # its name is its hash, and it was written in one step
-                make_folder(file.parent)
-                self._write(file, data)
-            targets.targets[path] = info
-        self._commit(targets, snapshot, timestamp)
-        for file in dropped:
-            with suppress(OSError):  # published already: a leftover only takes space
-                file.unlink(missing_ok=True)
-                file.parent.rmdir()  # once it is empty
+    def _put_rollouts(self, state: State, rollouts: Iterable[Rollout]) -> None:
+        for rollout in rollouts:
+            for release in filter(None, (rollout.stable, rollout.candidate)):
+                path = manifest_path(rollout.device_class, release)
+                if state.find(Targets.type, path) is None:
+                    raise RegistryError(
+                        f"release {release} is not signed for class {rollout.device_class}: "
+                        "publish it, or roll out one that is"
+                    )
+            files = {rollout_path(rollout.device_class): rollout.to_bytes()}
+            self._folder.put(state, ROLLOUTS, files)
 
-    def _commit(self, targets: Targets | None, snapshot: Snapshot, timestamp: Timestamp) -> None:
-        """Sign and write, the file that is named before the file that names it."""
-        if targets is not None:
-            self._renew(targets)
-            data = sign(targets, self._signers[Targets.type])
-            self._write(self._metadata / f"{targets.version}.targets.json", data)
-            snapshot.meta["targets.json"] = meta_file(targets.version, data)
-        self._renew(snapshot)
-        data = sign(snapshot, self._signers[Snapshot.type])
-        self._write(self._metadata / f"{snapshot.version}.snapshot.json", data)
-        timestamp.snapshot_meta = meta_file(snapshot.version, data)
-        self._renew(timestamp)
-        data = sign(timestamp, self._signers[Timestamp.type])
-        self._write(self._metadata / "timestamp.json", data)
-        newest = {"targets": snapshot.meta["targets.json"].version, "snapshot": snapshot.version}
-        for role, version in newest.items():
-            for old in self._metadata.glob(f"*.{role}.json"):
-                number = old.name.split(".")[0]
-                if number.isdecimal() and int(number) <= version - KEEP_METADATA:
-                    old.unlink(missing_ok=True)
+    def _to_all(self, state: State, release: int, classes: Iterable[str]) -> list[Rollout]:
+        before = {name: self._rollout(state, name) for name in classes}
+        return [
+            Rollout(device_class=name, serial=1 if old is None else old.serial + 1, stable=release)
+            for name, old in before.items()
+        ]
 
-    def _renew(self, signed: Signed) -> None:
-        signed.version += 1
-        signed.expires = self._now() + self._expiry.of(signed.type)
+    def _rollout(self, state: State, device_class: str) -> Rollout | None:
+        info = state.find(ROLLOUTS, rollout_path(device_class))
+        return None if info is None else Rollout.from_bytes(self._folder.file(info).read_bytes())
 
-    def _stale(self, signed: Signed) -> bool:
-        return signed.expires - self._now() < self._expiry.of(signed.type) / 2
+    def _manifest(self, state: State, device_class: str, release: int) -> Manifest | None:
+        info = state.find(Targets.type, manifest_path(device_class, release))
+        return None if info is None else Manifest.from_bytes(self._folder.file(info).read_bytes())
 
-    def _target_file(self, info: TargetFile) -> Path:
-        folder, _, name = info.path.rpartition("/")
-        return self._public / "targets" / folder / f"{info.hashes['sha256']}.{name}"
+    def _outdated(self, state: State, classes: Iterable[str]) -> list[str]:
+        """Paths of releases to drop, so that each class keeps `KEEP_RELEASES` and those in use."""
+        files, used = _releases(state), self._in_use(state)
+        old: set[tuple[str, int]] = set()
+        for name in classes:
+            numbers = sorted({number for owner, number in files.values() if owner == name})
+            old |= {(name, number) for number in numbers[:-KEEP_RELEASES]} - used
+        return [path for path, of in files.items() if of in old]
 
-    def _load(self) -> tuple[Timestamp, Snapshot, Targets]:
-        timestamp = self._parse("timestamp.json", Timestamp)
-        version = timestamp.snapshot_meta.version
-        snapshot = self._parse(f"{version}.snapshot.json", Snapshot)
-        version = snapshot.meta["targets.json"].version
-        return timestamp, snapshot, self._parse(f"{version}.targets.json", Targets)
-
-    def _root(self) -> Root:
-        names = [path.name.split(".")[0] for path in self._metadata.glob("*.root.json")]
-        newest = max((int(name) for name in names if name.isdecimal()), default=1)
-        return self._parse(f"{newest}.root.json", Root)
-
-    def _parse(self, name: str, kind: type[S]) -> S:
-        path = self._metadata / name
-        try:
-            signed: Signed = Metadata.from_bytes(path.read_bytes()).signed
-        except (OSError, RepositoryError) as e:
-            raise ConfigError(f"cannot read the release metadata {path}: {e}") from e
-        if not isinstance(signed, kind):
-            raise ConfigError(f"{path} holds {signed.type} metadata, expected {kind.type}")
-        return signed
+    def _in_use(self, state: State) -> set[tuple[str, int]]:
+        """Class and number of what a rollout names, and of what devices take where that fails."""
+        used: set[tuple[str, int]] = set()
+        for path in state.content[ROLLOUTS].targets:
+            owner = path.removeprefix("rollouts/").removesuffix(".json")
+            rollout = self._rollout(state, owner)
+            for number in () if rollout is None else (rollout.stable, rollout.candidate):
+                name: str | None = owner
+                while number and name is not None and (name, number) not in used:
+                    used.add((name, number))
+                    manifest = self._manifest(state, name, number)
+                    name = None if manifest is None else manifest.smaller
+        return used
 
 
-def _releases(targets: Targets) -> dict[str, tuple[str, int]]:
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _releases(state: State) -> dict[str, tuple[str, int]]:
     """Target path to (device class, release) of every file of a release."""
-    matches = {path: _RELEASE.fullmatch(path) for path in targets.targets}
+    matches = {path: _RELEASE.fullmatch(path) for path in state.content[Targets.type].targets}
     return {path: (m[1], int(m[2])) for path, m in matches.items() if m}
 
 
-def _latest(targets: Targets) -> int:
-    return max((release for _, release in _releases(targets).values()), default=0)
-
-
-def _outdated(targets: Targets, new: Mapping[str, Manifest]) -> tuple[str, ...]:
-    """Paths to drop so that with one more each class of `new` has `KEEP_RELEASES`."""
-    files = _releases(targets)
-    drop: list[str] = []
-    for name in new:
-        numbers = sorted({release for owner, release in files.values() if owner == name})
-        old = set(numbers[: max(0, len(numbers) + 1 - KEEP_RELEASES)])
-        drop += [path for path, (owner, number) in files.items() if owner == name and number in old]
-    return tuple(drop)
+def _latest(state: State) -> int:
+    return max((release for _, release in _releases(state).values()), default=0)
