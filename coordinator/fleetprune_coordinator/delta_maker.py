@@ -17,7 +17,6 @@ from fleetprune.delta import (
     PLANES,
     VERSION,
     Axes,
-    Hole,
     Kind,
     Tensor,
     apply,
@@ -26,7 +25,6 @@ from fleetprune.delta import (
     remainder,
 )
 from fleetprune.errors import GraphError, WireError
-from fleetprune.packed_weights import Form
 from fleetprune_coordinator.tensor_places import Place, places
 from fleetprune_coordinator.unit_match import match_units
 

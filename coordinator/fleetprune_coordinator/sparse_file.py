@@ -175,9 +175,7 @@ class _Unpacking:
     def _in_place(self, dense: str) -> str:
         o, i, *rest = self._array.shape
         rows, columns = self._packed.rows, self._packed.columns
-        grid = self._op(
-            "Reshape", dense, self._ints(o // rows, i // columns, *rest, rows, columns)
-        )
+        grid = self._op("Reshape", dense, self._ints(o // rows, i // columns, *rest, rows, columns))
         n = len(rest)
         order = [0, n + 2, 1, n + 3, *range(2, n + 2)]
         return self._op("Transpose", grid, perm=order)

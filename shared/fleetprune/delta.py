@@ -22,7 +22,15 @@ from numpy.typing import NDArray
 
 from fleetprune.deflate import inflate
 from fleetprune.errors import WireError
-from fleetprune.packed_weights import Form, blocks, from_marks, from_skips, marked, skipping, unblocked
+from fleetprune.packed_weights import (
+    Form,
+    blocks,
+    from_marks,
+    from_skips,
+    marked,
+    skipping,
+    unblocked,
+)
 
 MAGIC: Final = b"FPDL"
 VERSION: Final = 1
@@ -400,7 +408,8 @@ def _steps(stream: bytes, count: int) -> NDArray[np.int32]:
         raise WireError("the stream of steps does not end where it should")
     planes = np.frombuffer(data, np.uint8).reshape(PLANES, count).astype(np.int32)
     zigzag = planes[0] | planes[1] << 8 | planes[2] << 16
-    return (zigzag >> 1) ^ -(zigzag & 1)
+    steps: NDArray[np.int32] = (zigzag >> 1) ^ -(zigzag & 1)
+    return steps
 
 
 def _inflate_exactly(stream: bytes, size: int, what: str) -> bytes:

@@ -30,7 +30,9 @@ def blocks(weight: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:
     """The blocks of a weight, outputs first, then inputs, then places.
 
     Args:
-        weight: (o, i, k); `rows` divides o, `columns` divides i.
+        weight: (o, i, k)
+        rows: Outputs of a block; divides o.
+        columns: Inputs of a block; divides i.
 
     Returns:
         (blocks, rows * columns)
