@@ -317,7 +317,7 @@ def _records(
             )
         most -= tensor.target.size + (0 if side is None else side.size)
         if most < 0:
-            raise WireError("tensors have more numbers than the file can hold")
+            raise WireError("tensors have more numbers than the files can hold")
         found.append(tensor)
     return found
 
