@@ -41,7 +41,7 @@ PLANES: Final = 3
 NO_UNIT: Final = -(2**31)
 """In a map: the unit is new."""
 
-HEAD: Final = struct.Struct("<4sHHII32s32s4I")
+HEAD: Final = struct.Struct("<4sHHII32s32sIIII")
 # magic, version, tensors, bytes of base and target, their SHA-256, bytes of four streams
 SIDE: Final = struct.Struct("<BBBIIIIII")
 # form, rows and columns of a block, offsets of values and positions, stored blocks, o, i, k
@@ -329,39 +329,35 @@ def _tensors(
     marks = [-(-t.target.size // 8) if t.sparse else 0 for t in tensors]
     axis_bytes = sum(t.axis_bytes for t in tensors)
     data = _inflate_exactly(about, axis_bytes + sum(marks), "maps and positions")
-    predicted, axes, support = [], [], []
+    axes: list[Axes] = []
+    support: list[NDArray[np.bool_] | None] = []
     at, mark_at = 0, axis_bytes
     for tensor, mark_bytes in zip(tensors, marks, strict=True):
-        own = _axes(tensor, data[at : at + tensor.axis_bytes])
-        axes.append(own)
+        axes.append(_axes(tensor, data[at : at + tensor.axis_bytes]))
         at += tensor.axis_bytes
-        found = predict(tensor, base, own)
-        predicted.append(found)
-        if not tensor.sparse:
-            support.append(np.ones(found.size, np.bool_))
-            continue
-        bits = np.frombuffer(data, np.uint8, mark_bytes, mark_at)
-        mark_at += mark_bytes
-        support.append((found.ravel() != 0) ^ np.unpackbits(bits)[: found.size].astype(np.bool_))
-    counts = [int(np.count_nonzero(kept)) for kept in support]
+        support.append(None)
+        if tensor.sparse:
+            bits = np.frombuffer(data, np.uint8, mark_bytes, mark_at)
+            changes = np.unpackbits(bits)[: tensor.target.size].astype(np.bool_)
+            support[-1] = (predict(tensor, base, axes[-1]).ravel() != 0) ^ changes
+            mark_at += mark_bytes
+    counts = [
+        tensor.target.size if kept is None else int(np.count_nonzero(kept))
+        for tensor, kept in zip(tensors, support, strict=True)
+    ]
     moves = _steps(steps, sum(counts))
     filled: dict[Hole, bytes] = {}
     at = 0
-    for tensor, found, own, kept, count in zip(
-        tensors, predicted, axes, support, counts, strict=True
-    ):
-        if count == found.size:
-            own_steps = moves[at : at + count]
-        else:
-            own_steps = np.zeros(found.size, np.int32)
-            own_steps[kept] = moves[at : at + count]
+    for tensor, own, kept, count in zip(tensors, axes, support, counts, strict=True):
+        before, told = predict(tensor, base, own), moves[at : at + count]
         at += count
-        made = moved(tensor, found, own_steps.reshape(found.shape), own)
-        if tensor.sparse:
-            made = np.where(kept.reshape(made.shape), made, made.dtype.type(0))
-        for hole, content in zip(
-            tensor.target.holes(tensor.kind), tensor.target.write(made, tensor.kind), strict=True
-        ):
+        if kept is not None:
+            told, some = np.zeros(kept.size, np.int32), told
+            told[kept] = some
+            before[~kept.reshape(before.shape)] = 0
+        made = moved(tensor, before, told.reshape(before.shape), own)
+        holes = tensor.target.holes(tensor.kind)
+        for hole, content in zip(holes, tensor.target.write(made, tensor.kind), strict=True):
             if len(content) != hole.size:
                 raise WireError(f"a tensor takes {len(content)} bytes, expected {hole.size}")
             filled[hole] = content
@@ -406,9 +402,13 @@ def _steps(stream: bytes, count: int) -> NDArray[np.int32]:
         raise WireError(f"{PLANES * count} bytes of steps expected, the stream has others")
     if not inflater.eof or inflater.unused_data:
         raise WireError("the stream of steps does not end where it should")
-    planes = np.frombuffer(data, np.uint8).reshape(PLANES, count).astype(np.int32)
-    zigzag = planes[0] | planes[1] << 8 | planes[2] << 16
-    steps: NDArray[np.int32] = (zigzag >> 1) ^ -(zigzag & 1)
+    steps = np.zeros(count, np.int32)
+    for plane in np.frombuffer(data, np.uint8).reshape(PLANES, count)[::-1]:
+        steps <<= 8
+        steps |= plane
+    odd = steps & 1
+    steps >>= 1
+    steps ^= -odd
     return steps
 
 
