@@ -5,8 +5,9 @@ promised before still holds, and the next start completes the work. A table says
 needed for which of these; `POWER_CUTS=400` takes more states per operation.
 """
 
+import hashlib
+import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from fleetprune_agent.slot_files import State
 from fleetprune_agent.slots import Slots
 from fleetprune_agent.state import locked
 from fleetprune_agent.trust import TrustedRepository
+from fleetprune_coordinator.delta_maker import make
 
 MOST = int(os.environ.get("POWER_CUTS", "12"))
 PADDING = 20_000  # bytes of a model: five pages
@@ -100,6 +102,7 @@ def live(disk: Path, road: Road, promise: Callable[[str], None] = lambda _: None
         for _ in range(3):
             predictor.predict(ZEROS)
         promise(f"committed {outcome.release}")
+        slots.stop()
 
 
 def whole(disk: Path, allowed: set[int | None]) -> Slots:
@@ -114,14 +117,17 @@ def whole(disk: Path, allowed: set[int | None]) -> Slots:
     return slots
 
 
-def installs(before: int, newest: int) -> Case:
+def installs(before: int, newest: int, publish: Callable[[Road], None] | None = None) -> Case:
     """From release `before` (0: an empty disk) to `newest`."""
     road = repository(before)
 
     def prepare(disk: Path) -> None:
         if before:
             live(disk, road)
-        road.release(newest, model=gemm(newest, padding=PADDING))
+        if publish is None:
+            road.release(newest, model=gemm(newest, padding=PADDING))
+        else:
+            publish(road)
 
     def work(disk: Path, record: Record) -> None:
         live(disk, road, record.mark)
@@ -133,10 +139,31 @@ def installs(before: int, newest: int) -> Case:
         if f"committed {newest}" in cut.promises:
             active = slots.active()
             assert active is not None and active.state is State.COMMITTED, "committed no more"
+        if promised:
+            origin = TrustedRepository(disk / "t", road.bootstrap, road, Clock()).origin
+            assert slots.heard(origin) == road.serials["phone"], "an old rollout is believed"
         live(disk, road)
         whole(disk, {newest})
 
     return Case(work, check, prepare)
+
+
+def with_delta(road: Road) -> None:
+    """Release 2 comes as a change of release 1."""
+    one, two = gemm(1, padding=PADDING), gemm(2, padding=PADDING)
+    change, path = make(one, two), "releases/phone/2/from-1.delta"
+    road.add(path, change)
+    delta = {"base": _sha(one), "target": path, "sha256": _sha(change), "size": len(change)}
+    road.release(2, model=two, fields={"deltas": [delta]})
+
+
+def back_to_one(road: Road) -> None:
+    """Release 2 is withdrawn: the signed rollout returns to release 1."""
+    road.roll_out("phone", stable=1)
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def rolls_back() -> Case:
@@ -307,6 +334,8 @@ def accepts_tasks() -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     "first installation": lambda: installs(0, 1),
     "installation": lambda: installs(1, 2),
+    "delta": lambda: installs(1, 2, with_delta),
+    "return": lambda: installs(2, 1, back_to_one),
     "rollback": rolls_back,
     "starts on trial": counts_starts,
     "metadata": trusts,
