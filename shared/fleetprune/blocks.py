@@ -128,6 +128,7 @@ class _Reader:
 _U8, _U16 = struct.Struct("<B"), struct.Struct("<H")
 _REQUEST, _RUN = struct.Struct("<II"), struct.Struct("<IH")
 _BLOCK, _PUT = struct.Struct("<IIIIQ"), struct.Struct("<IIIQ")
+BLOCK_OVERHEAD = _HEAD.size + _BLOCK.size + _CRC.size  # bytes of a `Block` beside its data
 _STORED, _U32 = struct.Struct("<IBI"), struct.Struct("<I")
 
 

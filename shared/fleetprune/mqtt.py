@@ -1,4 +1,4 @@
-"""One MQTT 3.1.1 connection that keeps itself up; the only module that imports paho.
+"""One MQTT connection that keeps itself up; the only module that imports paho.
 
 What it promises is little, because a broker's promises are worth little: a message may be lost,
 doubled or late. Nothing is kept for a peer that is away. Whoever needs an answer asks again, and
@@ -17,10 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from pydantic import Field, model_validator
 
@@ -44,7 +46,7 @@ _REFUSALS = {
     "Not authorized": "not authorised; check user name, password or certificate",
     "Client identifier not valid": "the client id is not valid",
     "Server unavailable": "the server is unavailable",
-    "Unsupported protocol version": "it does not speak MQTT 3.1.1",
+    "Unsupported protocol version": "it does not speak this version of MQTT; set protocol",
 }
 
 
@@ -60,6 +62,8 @@ class BrokerSettings(Section):
     cert_file: LocalPath | None = None
     """The client's certificate, for brokers that require one."""
     key_file: LocalPath | None = None
+    protocol: Literal["3.1.1", 5] = "3.1.1"
+    """Version of MQTT; nothing here needs 5, but some brokers share subscriptions only there."""
     keepalive_s: int = Field(default=30, ge=5, le=3600)
     """Silence after which a peer counts as gone; some brokers close clients that say 0."""
 
@@ -89,8 +93,13 @@ class Phase(Enum):
 
 
 def packet_size(topic: str, payload: bytes, qos: int = QOS) -> int:
-    """Bytes of an MQTT 3.1.1 PUBLISH packet, without TCP and TLS."""
-    rest = 2 + len(topic.encode()) + (2 if qos else 0) + len(payload)
+    """Bytes of an MQTT 3.1.1 PUBLISH packet, without TCP and TLS; of MQTT 5 it is one more."""
+    return packet_length(topic, len(payload), qos)
+
+
+def packet_length(topic: str, payload: int, qos: int = QOS) -> int:
+    """The same for a payload of so many bytes."""
+    rest = 2 + len(topic.encode()) + (2 if qos else 0) + payload
     digits = 1 + (rest >= 1 << 7) + (rest >= 1 << 14) + (rest >= 1 << 21)
     return 1 + digits + rest
 
@@ -173,6 +182,7 @@ class Connection:
         self._refusal: str | None = None
         self._phase = Phase.STOPPED
         self._changed = threading.Condition()
+        self._unacknowledged = 0
         self._stopping = threading.Event()
         self._down = threading.Event()
         self._answered = threading.Event()
@@ -186,8 +196,9 @@ class Connection:
         client = _CountingClient(
             CallbackAPIVersion.VERSION2,
             client_id=client_id,
-            clean_session=True,  # a broker's session is no store; the state is published anew
-            protocol=paho.MQTTv311,
+            # A broker's session is no store; the state is published anew (5: see `_connect_once`).
+            clean_session=None if self._settings.protocol == 5 else True,
+            protocol=paho.MQTTv5 if self._settings.protocol == 5 else paho.MQTTv311,
             reconnect_on_failure=False,
         )
         client.connect_timeout = CONNECT_S
@@ -203,6 +214,7 @@ class Connection:
         client.on_subscribe = self._subscribed
         client.on_disconnect = self._disconnected
         client.on_message = self._received
+        client.on_publish = self._acknowledged
         client.on_socket_open = _without_delay
         return client
 
@@ -274,8 +286,24 @@ class Connection:
         """
         if self._phase is not Phase.UP:
             return False
+        with self._changed:
+            self._unacknowledged += qos > 0
         code = self._client.publish(topic, payload, qos=qos, retain=retain).rc
+        if code != MQTTErrorCode.MQTT_ERR_SUCCESS and qos > 0:
+            self._settle()
         return code == MQTTErrorCode.MQTT_ERR_SUCCESS
+
+    def wait_for_room(self, timeout: float) -> bool:
+        """Wait until one more message goes out at once instead of into a queue.
+
+        Returns:
+            False: after `timeout` seconds the connection was not up, or `IN_FLIGHT` messages
+            were still not acknowledged by the broker.
+        """
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self._phase is Phase.UP and self._unacknowledged < IN_FLIGHT, timeout
+            )
 
     # The keeper's thread.
 
@@ -300,7 +328,10 @@ class Connection:
         broker = f"broker {self._settings.address}"
         try:
             self._client.connect(
-                self._settings.host, self._settings.port, self._settings.keepalive_s
+                self._settings.host,
+                self._settings.port,
+                self._settings.keepalive_s,
+                **(_version_5() if self._settings.protocol == 5 else {}),
             )
         except (OSError, ValueError) as e:
             return f"{broker} is unreachable: {_explain(e)}"
@@ -342,6 +373,14 @@ class Connection:
             )
         if self._phase is Phase.SUBSCRIBING:
             self._events.put(self._up)
+
+    def _acknowledged(self, *_args: Any) -> None:
+        self._settle()
+
+    def _settle(self) -> None:
+        with self._changed:
+            self._unacknowledged = max(0, self._unacknowledged - 1)
+            self._changed.notify_all()
 
     def _disconnected(self, *_args: Any) -> None:
         self._down.set()
@@ -392,6 +431,13 @@ class Connection:
 def _without_delay(_client: paho.Client, _data: Any, sock: Any) -> None:
     """Send small packets at once: requests and acknowledgements would wait 40 ms for company."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _version_5() -> dict[str, Any]:
+    """What MQTT 5 wants to be told at each connect."""
+    properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+    properties.MaximumPacketSize = MAX_PACKET
+    return {"clean_start": True, "properties": properties}
 
 
 def _tls(settings: BrokerSettings) -> ssl.SSLContext:
