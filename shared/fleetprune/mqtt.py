@@ -27,8 +27,9 @@ from paho.mqtt.reasoncodes import ReasonCode
 from pydantic import Field, model_validator
 
 from fleetprune.config_file import LocalPath, Section
-from fleetprune.errors import ConfigError, TransportError
+from fleetprune.errors import TransportError
 from fleetprune.retry import Backoff
+from fleetprune.tls import client_context, explain
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +208,11 @@ class Connection:
         if self._settings.username is not None:
             client.username_pw_set(self._settings.username, self._settings.password)
         if self._settings.ca_file is not None:
-            client.tls_set_context(_tls(self._settings))
+            client.tls_set_context(
+                client_context(
+                    self._settings.ca_file, self._settings.cert_file, self._settings.key_file
+                )
+            )
         if will is not None:
             client.will_set(*will, qos=QOS, retain=True)
         client.on_connect = self._connected
@@ -334,7 +339,7 @@ class Connection:
                 **(_version_5() if self._settings.protocol == 5 else {}),
             )
         except (OSError, ValueError) as e:
-            return f"{broker} is unreachable: {_explain(e)}"
+            return f"{broker} is unreachable: {explain(e, CONNECT_S)}"
         self._client.loop_start()
         try:
             if not self._answered.wait(CONNECT_S):
@@ -438,33 +443,3 @@ def _version_5() -> dict[str, Any]:
     properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
     properties.MaximumPacketSize = MAX_PACKET
     return {"clean_start": True, "properties": properties}
-
-
-def _tls(settings: BrokerSettings) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=settings.ca_file)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if settings.cert_file is not None:
-            context.load_cert_chain(settings.cert_file, settings.key_file)
-    except (OSError, ssl.SSLError) as e:
-        files = ", ".join(
-            str(f) for f in (settings.ca_file, settings.cert_file, settings.key_file) if f
-        )
-        raise ConfigError(f"certificates {files} cannot be loaded: {e.strerror or e}") from e
-    return context
-
-
-def _explain(error: Exception) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate does not verify: {error.verify_message}; check ca_file and host"
-    if isinstance(error, ssl.SSLError):
-        return f"TLS failed: {error.reason or error}; check the port and the certificates"
-    if isinstance(error, ConnectionRefusedError):
-        return "connection refused; is it running?"
-    if isinstance(error, socket.gaierror):
-        return "its name is not known; check the host"
-    if isinstance(error, TimeoutError):
-        return f"no answer within {CONNECT_S:g} s; is a firewall in between?"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return str(error)
