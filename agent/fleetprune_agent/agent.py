@@ -92,6 +92,7 @@ class Agent:
         self._topics = Topics(config.fleet)
         self._events: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
         self._attempts: dict[str, int] = {}
+        self._https: HttpSource | None = None
         self._enrolled = False
         self._refused: str | None = None
         self._enrol_at = self._refresh_at = self._report_at = 0.0
@@ -182,8 +183,8 @@ class Agent:
         mqtt = Road(
             "MQTT", self._client, lambda: "" if connection.phase is Phase.UP else connection.status
         )
-        https = HttpSource(settings, self._client.parts, abort=stop, limit=limit)
-        roads = [mqtt, Road("HTTPS", https)]
+        self._https = HttpSource(settings, self._client.parts, abort=stop, limit=limit)
+        roads = [mqtt, Road("HTTPS", self._https)]
         if settings.first:
             roads.reverse()
         return FallbackSource(roads, time.monotonic, self._rng, stop)
@@ -219,6 +220,8 @@ class Agent:
             log.warning("a job did not end within %g s; it is done again at the next start", END_S)
         self._courier.stop(END_S)
         self._connection.stop()
+        if self._https is not None:
+            self._https.close()
 
     # The dispatcher's thread: note and return.
 

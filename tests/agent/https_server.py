@@ -42,7 +42,7 @@ class HttpsServer:
             thread.start()
 
     def _serve(self, raw: socket.socket) -> None:
-        with raw, suppress(OSError), self._context.wrap_socket(raw, server_side=True) as client:
+        with suppress(OSError), raw, self._context.wrap_socket(raw, server_side=True) as client:
             self._open.append(client)
             with client.makefile("rb") as lines:
                 while line := lines.readline():
