@@ -100,7 +100,8 @@ class BlockProcess:
             self._sender.ask(parsed[0], request)
 
     def _send(self, device: str, block: bytes) -> bool:
-        return self.connection.publish(self._topics.down(device, "block"), block)
+        # An acknowledgement says nothing of the device, which asks again for what it lacks.
+        return self.connection.publish(self._topics.down(device, "block"), block, qos=0)
 
     def _has_room(self) -> bool:
         return self.connection.wait_for_room(ROOM_S)

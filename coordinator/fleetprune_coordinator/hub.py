@@ -33,7 +33,7 @@ from fleetprune.messages import (
     TaskAck,
     Telemetry,
 )
-from fleetprune.mqtt import BrokerSettings, Connection, packet_length, packet_size
+from fleetprune.mqtt import QOS, BrokerSettings, Connection, packet_length, packet_size
 from fleetprune.retry import Backoff
 from fleetprune.topics import Topics
 from fleetprune_coordinator.block_reader import read_request
@@ -302,11 +302,11 @@ class Hub:
         except HostileInputError as e:
             log.warning("%s of device %s ignored: %s", kind, device, e)
 
-    def _send(self, device: str, kind: str, payload: bytes) -> bool:
+    def _send(self, device: str, kind: str, payload: bytes, qos: int = QOS) -> bool:
         topic = self._topics.down(device, kind)
-        sent = self.connection.publish(topic, payload)
+        sent = self.connection.publish(topic, payload, qos=qos)
         if sent:
-            self._count(device, 0, packet_size(topic, payload))
+            self._count(device, 0, packet_size(topic, payload, qos))
         return sent
 
     def _count(self, device: str, up: int, down: int) -> None:
@@ -372,10 +372,10 @@ class Hub:
     def _of_others(self, device: str, request: Request) -> int:
         """Bytes of the packets that a block server answers a request with."""
         topic = self._topics.down(device, "block")
-        return sum(packet_length(topic, n) for n in self._server.lengths(request))
+        return sum(packet_length(topic, n, qos=0) for n in self._server.lengths(request))
 
     def _send_block(self, device: str, block: bytes) -> bool:
-        return self._send(device, "block", block)
+        return self._send(device, "block", block, qos=0)  # what is lost is asked for again
 
     def _has_room(self) -> bool:
         return self.connection.wait_for_room(ROOM_S)

@@ -144,6 +144,11 @@ class _CountingClient(paho.Client):
             raise
         return wrapped
 
+    @property
+    def unacknowledged(self) -> int:
+        """Messages of QoS 1 that the broker has not acknowledged."""
+        return len(self._out_messages)
+
     def close_wake_up(self) -> None:
         """Close the pair of sockets that wakes paho's loop: each `loop_start` makes a new one."""
         self._reset_sockets(sockpair_only=True)
@@ -183,7 +188,7 @@ class Connection:
         self._refusal: str | None = None
         self._phase = Phase.STOPPED
         self._changed = threading.Condition()
-        self._unacknowledged = 0
+        self._outstanding = 0  # messages handed to paho that it has not settled
         self._stopping = threading.Event()
         self._down = threading.Event()
         self._answered = threading.Event()
@@ -219,7 +224,7 @@ class Connection:
         client.on_subscribe = self._subscribed
         client.on_disconnect = self._disconnected
         client.on_message = self._received
-        client.on_publish = self._acknowledged
+        client.on_publish = self._published
         client.on_socket_open = _without_delay
         return client
 
@@ -292,9 +297,9 @@ class Connection:
         if self._phase is not Phase.UP:
             return False
         with self._changed:
-            self._unacknowledged += qos > 0
+            self._outstanding += 1
         code = self._client.publish(topic, payload, qos=qos, retain=retain).rc
-        if code != MQTTErrorCode.MQTT_ERR_SUCCESS and qos > 0:
+        if code != MQTTErrorCode.MQTT_ERR_SUCCESS:
             self._settle()
         return code == MQTTErrorCode.MQTT_ERR_SUCCESS
 
@@ -303,11 +308,11 @@ class Connection:
 
         Returns:
             False: after `timeout` seconds the connection was not up, or `IN_FLIGHT` messages
-            were still not acknowledged by the broker.
+            were still not written to the socket (QoS 0) or acknowledged by the broker (QoS 1).
         """
         with self._changed:
             return self._changed.wait_for(
-                lambda: self._phase is Phase.UP and self._unacknowledged < IN_FLIGHT, timeout
+                lambda: self._phase is Phase.UP and self._outstanding < IN_FLIGHT, timeout
             )
 
     # The keeper's thread.
@@ -331,6 +336,8 @@ class Connection:
     def _connect_once(self) -> str:
         """Connect and stay until the connection ends; why it ended."""
         broker = f"broker {self._settings.address}"
+        with self._changed:  # of QoS 0 nothing outlives a connection, and paho does not say so
+            self._outstanding = self._client.unacknowledged
         try:
             self._client.connect(
                 self._settings.host,
@@ -379,12 +386,12 @@ class Connection:
         if self._phase is Phase.SUBSCRIBING:
             self._events.put(self._up)
 
-    def _acknowledged(self, *_args: Any) -> None:
+    def _published(self, *_args: Any) -> None:
         self._settle()
 
     def _settle(self) -> None:
         with self._changed:
-            self._unacknowledged = max(0, self._unacknowledged - 1)
+            self._outstanding = max(0, self._outstanding - 1)
             self._changed.notify_all()
 
     def _disconnected(self, *_args: Any) -> None:
