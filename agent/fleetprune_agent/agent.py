@@ -31,7 +31,7 @@ from typing import Final, Literal
 
 from fleetprune.errors import FleetpruneError, MessageError
 from fleetprune.messages import Announcement, Enrol, Enrolled, Progress, Task, TaskAck
-from fleetprune.mqtt import Connection
+from fleetprune.mqtt import Connection, Phase
 from fleetprune.outbox import Outbox
 from fleetprune.retry import Backoff
 from fleetprune.topics import Topics
@@ -39,10 +39,13 @@ from fleetprune_agent.config import AgentConfig
 from fleetprune_agent.courier import Courier
 from fleetprune_agent.data import split
 from fleetprune_agent.duties import Duties
+from fleetprune_agent.fallback import FallbackSource, Road
 from fleetprune_agent.feedback import OnDisk
+from fleetprune_agent.http_source import HttpSource, HttpsSettings
 from fleetprune_agent.inbox import TaskInbox
 from fleetprune_agent.jobs import Jobs
 from fleetprune_agent.memory import quiet_malloc, rss_mb, trim
+from fleetprune_agent.pacing import Limit
 from fleetprune_agent.readers import load_samples
 from fleetprune_agent.sessions import Graphs
 from fleetprune_agent.slots import Slots
@@ -62,6 +65,7 @@ REFUSED: Final = 3  # exit code; the systemd unit does not restart after it
 ENROL: Final = Backoff(first_s=5.0, most_s=300.0)
 RETRY: Final = Backoff(first_s=5.0, most_s=300.0)  # of jobs that found nobody at the other end
 SPREAD_S: Final = 2.0  # an announcement reaches the whole fleet in one moment
+LOOK_S: Final = 30.0  # after a start, where releases do not come over the broker alone
 QUIET_S: Final = 5.0  # between two looks for a release, however many are announced
 POLL_S: Final = 1.0  # between looks at the stop event
 INBOX: Final = 64  # messages that wait to be acted upon: a flood must not take the memory
@@ -92,6 +96,7 @@ class Agent:
         self._topics = Topics(config.fleet)
         self._events: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
         self._attempts: dict[str, int] = {}
+        self._https: HttpSource | None = None
         self._enrolled = False
         self._refused: str | None = None
         self._enrol_at = self._refresh_at = self._report_at = 0.0
@@ -137,8 +142,9 @@ class Agent:
         )
         self._connection.subscribe([self._topics.release, self._topics.coordinator])
         self._connection.subscribe(self._topics.down(config.device, kind) for kind in _DOWN)
+        limit = Limit(config.pacing.bytes_per_s, time.monotonic)
         self._client = BlobClient(
-            self._publish, config.device, state / "parts", time.monotonic, abort=stop
+            self._publish, config.device, state / "parts", time.monotonic, abort=stop, limit=limit
         )
         outbox = Outbox(state / "outbox", config.max_outbox_bytes)
         self._courier = Courier(
@@ -148,7 +154,8 @@ class Agent:
         self._slots = Slots(state)
         self._slots.start()
         tidy_folder(state / "trust")
-        repository = TrustedRepository(state / "trust", root, self._client, self._now)
+        source = self._client if config.https is None else self._roads(config.https, limit, stop)
+        repository = TrustedRepository(state / "trust", root, source, self._now)
         graphs = Graphs(threads=config.threads, folder=state / "graphs")
         worker = Worker(
             WorkerSettings(config.device, config.trains, config.max_task_s),
@@ -178,12 +185,28 @@ class Agent:
         self._jobs = Jobs(after_each=tidy)
         trim()  # reading the samples took twice their size
 
+    def _roads(
+        self, settings: HttpsSettings, limit: Limit, stop: threading.Event
+    ) -> FallbackSource:
+        """MQTT and HTTPS, the preferred one first; tasks and answers go over MQTT alone."""
+        connection = self._connection
+        mqtt = Road(
+            "MQTT", self._client, lambda: "" if connection.phase is Phase.UP else connection.status
+        )
+        self._https = HttpSource(settings, self._client.parts, abort=stop, limit=limit)
+        roads = [mqtt, Road("HTTPS", self._https)]
+        if settings.first:
+            roads.reverse()
+        return FallbackSource(roads, time.monotonic, self._rng, stop)
+
     def _loop(self, stop: threading.Event) -> int:
         for task in self._inbox.waiting():
             self._queue_task(task)
         now = time.monotonic()
         self._report_at = now + self.config.telemetry_s
-        self._refresh_at = now + self.config.refresh_s  # the first look is made when connected
+        # The first look is made when connected; with a second road it need not wait for that.
+        wait = self.config.refresh_s if self.config.https is None else self._rng.uniform(0, LOOK_S)
+        self._refresh_at = now + wait
         while not stop.is_set():
             try:
                 kind, payload = self._events.get(timeout=POLL_S)
@@ -207,6 +230,8 @@ class Agent:
             log.warning("a job did not end within %g s; it is done again at the next start", END_S)
         self._courier.stop(END_S)
         self._connection.stop()
+        if self._https is not None:
+            self._https.close()
 
     # The dispatcher's thread: note and return.
 

@@ -10,6 +10,8 @@ from pydantic import (
 from fleetprune.config_file import LocalPath, Section, load_section
 from fleetprune.messages import Name
 from fleetprune.mqtt import BrokerSettings
+from fleetprune_agent.http_source import HttpsSettings
+from fleetprune_agent.pacing import PacingSettings
 
 
 class _Data(Section):
@@ -61,6 +63,9 @@ class AgentConfig(Section):
     device_class: Name
     fleet: Name
     broker: BrokerSettings
+    https: HttpsSettings | None = None
+    """A second road to releases; None: MQTT alone."""
+    pacing: PacingSettings = Field(default_factory=PacingSettings)
     root: LocalPath
     """The pinned TUF root (`root.json`), put there when the device is set up."""
     state: LocalPath

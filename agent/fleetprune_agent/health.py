@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetprune.errors import GraphError
-from fleetprune.manifest import Manifest
 from fleetprune_agent.golden import load_golden
 from fleetprune_agent.memory import available_mb, data_mb, peak_mb, reset_peak
 from fleetprune_agent.runtime import inference_session, tiny_model

@@ -2,32 +2,31 @@
 
 Worker threads call `read`, `pull` and `push` and wait; the thread that receives messages calls
 `feed`, which hands each answer to the transfer that drew its number. What was fetched before a
-kill is not fetched again: a pull keeps its blocks in a part file named by the content's hash, and
-the coordinator remembers what was pushed.
+kill is not fetched again: a pull keeps its blocks in `parts`, and the coordinator remembers what
+was pushed.
 """
 
-import hashlib
 import logging
 import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum, auto
 from pathlib import Path
 
-from fleetprune.blocks import BLOCK_SIZE, Block, NotFound, Stored, decode
-from fleetprune.errors import TransportError, TrustError, WireError
-from fleetprune.files import storage_errors
+from fleetprune.blocks import BLOCK_SIZE, Block, NotFound, Stored, block_length, decode
+from fleetprune.errors import TransportError, WireError
 from fleetprune.partfile import PartFile
 from fleetprune.windows import WINDOW, Download, Upload
+from fleetprune_agent.pacing import Limit
+from fleetprune_agent.parts import Parts
 
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 120.0  # without any new block; two of the longest retransmission timeouts
 INBOX = 64  # messages: eight windows; what does not fit is asked for again
-MAX_PARTS = 4  # interrupted pulls kept on disk: model, graph, release and golden samples
 ABORT_S = 0.25  # between looks at the abort event
 
 KINDS = ("block", "stored")
@@ -57,6 +56,7 @@ class BlobClient:
         block_size: int = BLOCK_SIZE,
         patience_s: float = PATIENCE_S,
         abort: threading.Event | None = None,
+        limit: Limit | None = None,
     ) -> None:
         """Prepare; nothing is sent.
 
@@ -70,15 +70,17 @@ class BlobClient:
             block_size: Bytes per block.
             patience_s: Without progress for so long, a transfer gives up; it can be resumed.
             abort: When set, the transfer that runs and later ones raise TransportError.
+            limit: How fast both directions may go together; narrows the window where it is slow.
         """
-        self._send, self._device, self._folder, self._clock = send, device, folder, clock
-        self._window, self._block_size, self._patience = window, block_size, patience_s
+        self._send, self._device, self._clock = send, device, clock
+        self._limit = limit or Limit(None, clock)
+        self._window = self._limit.window(window, block_size)
+        self._block_size, self._patience = block_size, patience_s
         self._abort = abort or threading.Event()
         self._inboxes: dict[int, _Inbox] = {}  # by transfer
         self._lock = threading.Lock()
-        self._pulling = threading.Lock()
-        with storage_errors("create", folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        self.parts = Parts(folder, block_size)
+        """Where pulls are kept; other roads to the same content may fill them too."""
 
     def feed(self, kind: str, payload: bytes) -> None:
         """Take in an unverified message of `down/{device}/block` or `/stored`; never blocks."""
@@ -149,19 +151,15 @@ class BlobClient:
             TransportError: No progress, or aborted; the next pull goes on where this one stopped.
             InstallError: The disk is full or refuses.
         """
-        digest = _digest(sha256)
-        with self._pulling, self._transfer() as (transfer, inbox):
-            self._tidy(keep=sha256)
-            path = self._folder / f"{sha256}.part"
-            with PartFile(path, size, digest, self._block_size) as part:
+
+        def fetch(part: PartFile) -> None:
+            with self._transfer() as (transfer, inbox):
                 machine = self._download(name, transfer, max_size=size, size=size, have=part.have)
                 self._run_download(
                     machine, inbox, lambda block: part.write(block.index, block.data)
                 )
-                try:
-                    part.finish(into)
-                except WireError as e:
-                    raise TrustError(f"{name}: {e}") from e
+
+        self.parts.fill(name, size, sha256, into, fetch)
 
     def push(self, name: str, data: bytes) -> None:
         """Deliver `data`; returns when the coordinator has stored it.
@@ -181,9 +179,13 @@ class BlobClient:
             )
             last_progress = self._clock()
             while not machine.done:
-                for put in machine.poll(self._clock()):
+                held = self._limit.wait_s()
+                for put in () if held else machine.poll(self._clock()):
+                    self._limit.spend(len(put.data))
                     self._try_send("put", put.encode())
-                answer = self._next(inbox, machine.wake_at(), last_progress, name)
+                last_progress = self._clock() if held else last_progress
+                wake_at = self._clock() + held if held else machine.wake_at()
+                answer = self._next(inbox, wake_at, last_progress, name)
                 if answer is _Signal.RECONNECTED:
                     machine.reconnected()
                 elif isinstance(answer, Stored) and machine.receive(answer, self._clock()):
@@ -213,10 +215,14 @@ class BlobClient:
     ) -> None:
         last_progress = self._clock()
         while not machine.done:
-            request = machine.poll(self._clock())
+            held = self._limit.wait_s()
+            request = None if held else machine.poll(self._clock())
             if request is not None:
+                self._limit.spend(self._bytes(machine, request.indices))
                 self._try_send("get", request.encode())
-            answer = self._next(inbox, machine.wake_at(), last_progress, machine.name)
+            last_progress = self._clock() if held else last_progress
+            wake_at = self._clock() + held if held else machine.wake_at()
+            answer = self._next(inbox, wake_at, last_progress, machine.name)
             if answer is _Signal.RECONNECTED:
                 machine.reconnected()
             elif isinstance(answer, Block | NotFound):
@@ -224,6 +230,12 @@ class BlobClient:
                 if block is not None:
                     keep(block)
                     last_progress = self._clock()
+
+    def _bytes(self, machine: Download, indices: Sequence[int]) -> int:
+        size = machine.size
+        if size is None:  # a small file, whose size its first block will tell
+            return 0
+        return sum(block_length(i, size, self._block_size) for i in indices)
 
     def _next(
         self, inbox: _Inbox, wake_at: float | None, last_progress: float, name: str
@@ -262,22 +274,3 @@ class BlobClient:
         finally:
             with self._lock:
                 del self._inboxes[transfer]
-
-    def _tidy(self, keep: str) -> None:
-        """Remove the oldest part files: interrupted pulls that nobody resumed."""
-        with storage_errors("tidy", self._folder):
-            parts = [p for p in self._folder.glob("*.part") if p.stem != keep]
-            parts.sort(key=lambda p: p.stat().st_mtime_ns, reverse=True)
-            for old in parts[MAX_PARTS - 1 :]:
-                old.with_name(f"{old.name}.map").unlink(missing_ok=True)
-                old.unlink(missing_ok=True)
-
-
-def _digest(sha256: str) -> bytes:
-    try:
-        digest = bytes.fromhex(sha256)
-    except ValueError:
-        digest = b""
-    if len(digest) != hashlib.sha256().digest_size or digest.hex() != sha256:
-        raise WireError(f"{sha256[:80]!r} is not a SHA-256 in lower-case hex")
-    return digest

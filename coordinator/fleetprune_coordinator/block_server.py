@@ -7,35 +7,21 @@ in a WireError for that message and touches nothing else.
 
 import hashlib
 import logging
-import os
 import time
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from enum import Enum, auto
 from pathlib import Path
 
-from fleetprune.blocks import (
-    Block,
-    NotFound,
-    Put,
-    RefusedError,
-    Request,
-    Stored,
-    StoreState,
-    block_length,
-    count_blocks,
-    decode,
-)
+from fleetprune.blocks import Put, RefusedError, Stored, StoreState, count_blocks, decode
 from fleetprune.errors import HostileInputError, WireError
 from fleetprune.files import storage_errors
 from fleetprune.partfile import PartFile
+from fleetprune_coordinator.block_reader import BlockReader
 
 log = logging.getLogger(__name__)
 
 MAX_PUT = 64 * 1024 * 1024  # bytes; an fp32 update of 16 million parameters
-OPEN_FILES = 32  # files kept open between requests: the current models, graphs and releases
 SPOOL_S = 7 * 24 * 3600.0  # no round lasts a week: what is older is nobody's upload any more
 DEVICE_SPOOLS = 4  # uploads of one device on disk; an agent has one under way at a time
 OPEN_SPOOLS = 64  # uploads kept open; more are reopened from disk, which reads them once
@@ -50,19 +36,8 @@ class Admission(Enum):
     REFUSE = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class _OpenFile:
-    identity: tuple[int, int, int]
-    """Inode, modification time in ns, bytes: another file under the same name differs in one."""
-    descriptor: int
-
-    @property
-    def edition(self) -> int:
-        return zlib.crc32(repr(self.identity).encode())
-
-
-class BlockServer:
-    """Answers `Request` and `Put` messages; used by one thread."""
+class BlockServer(BlockReader):
+    """Answers `Request` messages in one thread and `Put` messages in one, which may be another."""
 
     def __init__(
         self,
@@ -84,9 +59,9 @@ class BlockServer:
             admit: Asked with (device, name) before anything of an upload is kept.
             max_put: Largest upload in bytes.
         """
-        self._read, self._store, self._admit = read, store, admit
+        super().__init__(read)
+        self._store, self._admit = store, admit
         self._spool, self._max_put = spool, max_put
-        self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
         self._spools: OrderedDict[Path, PartFile] = OrderedDict()
         with storage_errors("create", spool):
             spool.mkdir(parents=True, exist_ok=True)
@@ -98,65 +73,8 @@ class BlockServer:
         """Release all files; the spool stays."""
         for part in self._spools.values():
             part.close()
-        for file in self._files.values():
-            os.close(file.descriptor)
         self._spools.clear()
-        self._files.clear()
-
-    def get(self, payload: bytes) -> Iterator[bytes]:
-        """The answers to an unverified `Request`, one block at a time.
-
-        Raises:
-            WireError: It is not a request, or asks for blocks that do not exist.
-        """
-        request = decode(payload)
-        if not isinstance(request, Request):
-            raise WireError(f"{type(request).__name__} where a request was expected")
-        found = self._read(request.name)
-        source = self._open(found) if isinstance(found, Path) else found
-        if source is None:
-            yield NotFound(request.transfer).encode()
-            return
-        if isinstance(source, bytes):
-            size, edition = len(source), zlib.crc32(source)
-        else:
-            size, edition = source.identity[2], source.edition
-        for index in request.indices:
-            length = block_length(index, size, request.block_size)
-            start = index * request.block_size
-            if isinstance(source, bytes):
-                data = source[start : start + length]
-            else:
-                data = os.pread(source.descriptor, length, start)
-            block = Block(request.transfer, index, edition, request.block_size, size, data)
-            yield block.encode()
-
-    def _open(self, path: Path) -> _OpenFile | None:
-        """The file as it is now; kept open, since requests for one file come in flocks."""
-        try:
-            status = path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            self._forget(path)
-            return None
-        identity = (status.st_ino, status.st_mtime_ns, status.st_size)
-        known = self._files.get(path)
-        if known is not None and known.identity == identity:
-            self._files.move_to_end(path)
-            return known
-        self._forget(path)
-        with storage_errors("open", path):
-            descriptor = os.open(path, os.O_RDONLY)
-            status = os.fstat(descriptor)
-        identity = (status.st_ino, status.st_mtime_ns, status.st_size)
-        opened = self._files[path] = _OpenFile(identity, descriptor)
-        if len(self._files) > OPEN_FILES:
-            self._forget(next(iter(self._files)))
-        return opened
-
-    def _forget(self, path: Path) -> None:
-        known = self._files.pop(path, None)
-        if known is not None:
-            os.close(known.descriptor)
+        super().close()
 
     def put(self, device: str, payload: bytes) -> bytes | None:
         """Take in an unverified `Put` of `device`.

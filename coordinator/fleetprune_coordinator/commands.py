@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import re
 import signal
+import socket
 import threading
 import time
 from datetime import UTC, datetime
@@ -95,6 +97,48 @@ def serve(
         raise typer.Exit from None  # SIGTERM is how a service is meant to be stopped
     if as_json:
         typer.echo(json.dumps(summary))
+
+
+@app.command()
+def blocks(
+    config: Config = FLEET_TOML,
+    *,
+    name: Annotated[
+        str, typer.Option(help="Of this server; another one for each. Default: host and process.")
+    ] = "",
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="The repository's public folder. Default: the one in `state`."),
+    ] = None,
+    alone: Annotated[
+        bool, typer.Option(help="For brokers without shared subscriptions: run only one.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Serve releases and graphs beside the coordinator, which then has less to do.
+
+    As many as are wanted share the load, on this machine or on others that have a copy of the
+    folder. They hold no keys and keep nothing: kill and start them at will.
+    """
+    from fleetprune_coordinator.block_process import BlockProcess  # noqa: PLC0415
+
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    fleet = load_fleet_config(config)
+    host = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname()).strip("-")[:40] or "host"
+    process = BlockProcess(
+        fleet.broker,
+        fleet.fleet,
+        folder or fleet.state / "releases" / "public",
+        name or f"{host}-{os.getpid()}",
+        shared=not alone,
+    )
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    process.run(stop)
 
 
 @app.command()

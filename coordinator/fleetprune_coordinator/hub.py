@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from fleetprune.blocks import RefusedError
+from fleetprune.blocks import RefusedError, Request
 from fleetprune.errors import HostileInputError, MessageError, RegistryError
 from fleetprune.files import storage_errors, write_atomic
 from fleetprune.messages import (
@@ -33,15 +33,20 @@ from fleetprune.messages import (
     TaskAck,
     Telemetry,
 )
-from fleetprune.mqtt import BrokerSettings, Connection, packet_size
+from fleetprune.mqtt import QOS, BrokerSettings, Connection, packet_length, packet_size
 from fleetprune.retry import Backoff
 from fleetprune.topics import Topics
+from fleetprune_coordinator.block_reader import read_request
+from fleetprune_coordinator.block_sender import BlockSender
 from fleetprune_coordinator.block_server import Admission, BlockServer
 
 log = logging.getLogger(__name__)
 
 ANNOUNCE = Backoff(first_s=4.0, most_s=120.0)  # a task is 1-2 kB: rare enough for a metered link
 SETTLE_S = 0.5  # a device that comes back says so twice (status, enrol): its ack comes in between
+ROOM_S = 1.0  # between two looks whether a sender that waits for the broker is to end
+SERVER_GONE_S = 100.0  # three missed `block_process.PRESENCE_S` and a late one
+MAX_SERVERS = 1000  # block servers remembered
 MAX_DEVICES = 100_000  # names remembered: bounds what invented device names cost us
 ONLINE, OFFLINE = b"online", b"offline"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -125,6 +130,8 @@ class Hub:
         self._server = BlockServer(
             self._read, self._store_result, spool / "results", admit=self._admit
         )
+        self._sender = BlockSender(self._server, self._send_block, self._has_room)
+        self._block_servers: dict[str, float] = {}  # when each was last heard
         self._changed = threading.Condition()
         self._announced: dict[str, _Announced] = {}
         self._online: dict[str, bool] = {}
@@ -149,7 +156,7 @@ class Hub:
             on_up=self._up,
             will=(self._topics.coordinator, OFFLINE),
         )
-        self.connection.subscribe([self._topics.up("+", "#")])
+        self.connection.subscribe([self._topics.up("+", "#"), self._topics.blocks("+")])
 
     def start(self) -> None:
         """Connect and serve, in the background."""
@@ -158,12 +165,14 @@ class Hub:
             target=self._keep_announcing, name="hub-announce", daemon=True
         )
         self._announcer.start()
+        self._sender.start()
         self.connection.start()
 
     def stop(self) -> None:
         """Say goodbye and disconnect; everything that matters is in store and spool."""
         self.connection.publish(self._topics.coordinator, OFFLINE, retain=True)
         self.connection.stop()
+        self._sender.stop()
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -271,6 +280,10 @@ class Hub:
             self._changed.notify_all()
 
     def _receive(self, topic: str, payload: bytes) -> None:
+        server = self._topics.parse_blocks(topic)
+        if server is not None:
+            self._block_server(server, payload == ONLINE)
+            return
         parsed = self._topics.parse_up(topic)
         if parsed is None or not _NAME.fullmatch(parsed[0]):
             log.debug("message on %s ignored", topic)
@@ -289,11 +302,11 @@ class Hub:
         except HostileInputError as e:
             log.warning("%s of device %s ignored: %s", kind, device, e)
 
-    def _send(self, device: str, kind: str, payload: bytes) -> bool:
+    def _send(self, device: str, kind: str, payload: bytes, qos: int = QOS) -> bool:
         topic = self._topics.down(device, kind)
-        sent = self.connection.publish(topic, payload)
+        sent = self.connection.publish(topic, payload, qos=qos)
         if sent:
-            self._count(device, 0, packet_size(topic, payload))
+            self._count(device, 0, packet_size(topic, payload, qos))
         return sent
 
     def _count(self, device: str, up: int, down: int) -> None:
@@ -335,9 +348,37 @@ class Hub:
     def _telemetry(self, device: str, payload: bytes) -> None:
         self._on_telemetry(_own(device, Telemetry.from_bytes(payload), lambda m: m.device))
 
+    def _block_server(self, server: str, online: bool) -> None:
+        known = self._block_servers.pop(server, None) is not None
+        if online and len(self._block_servers) < MAX_SERVERS:
+            self._block_servers[server] = time.monotonic()
+        if online is not known:
+            others = ", ".join(sorted(self._block_servers)) or "this process"
+            state = "there" if online else "gone"
+            log.info("block server %s is %s; releases come from %s", server, state, others)
+
+    def _others_serve(self) -> bool:
+        """Whether a block server was heard lately: a retained "online" may be a dead one's."""
+        now = time.monotonic()
+        return any(now - heard < SERVER_GONE_S for heard in self._block_servers.values())
+
     def _get(self, device: str, payload: bytes) -> None:
-        for answer in self._server.get(payload):
-            self._send(device, "block", answer)
+        request = read_request(payload)
+        if self._others_serve() and not request.name.startswith(_BLOBS):
+            self._count(device, 0, self._of_others(device, request))
+        else:
+            self._sender.ask(device, request)
+
+    def _of_others(self, device: str, request: Request) -> int:
+        """Bytes of the packets that a block server answers a request with."""
+        topic = self._topics.down(device, "block")
+        return sum(packet_length(topic, n, qos=0) for n in self._server.lengths(request))
+
+    def _send_block(self, device: str, block: bytes) -> bool:
+        return self._send(device, "block", block, qos=0)  # what is lost is asked for again
+
+    def _has_room(self) -> bool:
+        return self.connection.wait_for_room(ROOM_S)
 
     def _put(self, device: str, payload: bytes) -> None:
         answer = self._server.put(device, payload)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar, Self
 
+from fleetprune.crc import join_crc32
 from fleetprune.errors import TransportError, WireError
 
 MAGIC = b"FB"
@@ -128,6 +129,7 @@ class _Reader:
 _U8, _U16 = struct.Struct("<B"), struct.Struct("<H")
 _REQUEST, _RUN = struct.Struct("<II"), struct.Struct("<IH")
 _BLOCK, _PUT = struct.Struct("<IIIIQ"), struct.Struct("<IIIQ")
+BLOCK_OVERHEAD = _HEAD.size + _BLOCK.size + _CRC.size  # bytes of a `Block` beside its data
 _STORED, _U32 = struct.Struct("<IBI"), struct.Struct("<I")
 
 
@@ -216,6 +218,27 @@ class Block(_Message):
         data = body.take(block_length(index, size, block_size))
         body.end()
         return cls(transfer, index, edition, block_size, size, data)
+
+
+class PreparedBlock:
+    """A block that goes to many devices: all but `transfer` is the same, and worked out once."""
+
+    __slots__ = ("_crc", "_data", "_fields")
+
+    def __init__(self, index: int, edition: int, block_size: int, size: int, data: bytes) -> None:
+        """See `Block`."""
+        self._fields, self._data = (index, edition, block_size, size), data
+        self._crc = zlib.crc32(data)
+
+    def __len__(self) -> int:
+        return BLOCK_OVERHEAD + len(self._data)
+
+    def encode(self, transfer: int) -> bytes:
+        """What `Block(transfer, ...)` encodes to."""
+        head = _HEAD.pack(MAGIC, VERSION, Block.TYPE, len(self))
+        head += _BLOCK.pack(transfer, *self._fields)
+        crc = join_crc32(zlib.crc32(head), self._crc, len(self._data))
+        return b"".join((head, self._data, _CRC.pack(crc)))
 
 
 @dataclass(frozen=True, slots=True)

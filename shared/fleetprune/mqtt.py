@@ -1,4 +1,4 @@
-"""One MQTT 3.1.1 connection that keeps itself up; the only module that imports paho.
+"""One MQTT connection that keeps itself up; the only module that imports paho.
 
 What it promises is little, because a broker's promises are worth little: a message may be lost,
 doubled or late. Nothing is kept for a peer that is away. Whoever needs an answer asks again, and
@@ -17,16 +17,19 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from pydantic import Field, model_validator
 
 from fleetprune.config_file import LocalPath, Section
-from fleetprune.errors import ConfigError, TransportError
+from fleetprune.errors import TransportError
 from fleetprune.retry import Backoff
+from fleetprune.tls import client_context, explain
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ _REFUSALS = {
     "Not authorized": "not authorised; check user name, password or certificate",
     "Client identifier not valid": "the client id is not valid",
     "Server unavailable": "the server is unavailable",
-    "Unsupported protocol version": "it does not speak MQTT 3.1.1",
+    "Unsupported protocol version": "it does not speak this version of MQTT; set protocol",
 }
 
 
@@ -60,6 +63,8 @@ class BrokerSettings(Section):
     cert_file: LocalPath | None = None
     """The client's certificate, for brokers that require one."""
     key_file: LocalPath | None = None
+    protocol: Literal["3.1.1", 5] = "3.1.1"
+    """Version of MQTT; nothing here needs 5, but some brokers share subscriptions only there."""
     keepalive_s: int = Field(default=30, ge=5, le=3600)
     """Silence after which a peer counts as gone; some brokers close clients that say 0."""
 
@@ -89,8 +94,13 @@ class Phase(Enum):
 
 
 def packet_size(topic: str, payload: bytes, qos: int = QOS) -> int:
-    """Bytes of an MQTT 3.1.1 PUBLISH packet, without TCP and TLS."""
-    rest = 2 + len(topic.encode()) + (2 if qos else 0) + len(payload)
+    """Bytes of an MQTT 3.1.1 PUBLISH packet, without TCP and TLS; of MQTT 5 it is one more."""
+    return packet_length(topic, len(payload), qos)
+
+
+def packet_length(topic: str, payload: int, qos: int = QOS) -> int:
+    """The same for a payload of so many bytes."""
+    rest = 2 + len(topic.encode()) + (2 if qos else 0) + payload
     digits = 1 + (rest >= 1 << 7) + (rest >= 1 << 14) + (rest >= 1 << 21)
     return 1 + digits + rest
 
@@ -134,6 +144,11 @@ class _CountingClient(paho.Client):
             raise
         return wrapped
 
+    @property
+    def unacknowledged(self) -> int:
+        """Messages of QoS 1 that the broker has not acknowledged."""
+        return len(self._out_messages)
+
     def close_wake_up(self) -> None:
         """Close the pair of sockets that wakes paho's loop: each `loop_start` makes a new one."""
         self._reset_sockets(sockpair_only=True)
@@ -173,6 +188,7 @@ class Connection:
         self._refusal: str | None = None
         self._phase = Phase.STOPPED
         self._changed = threading.Condition()
+        self._outstanding = 0  # messages handed to paho that it has not settled
         self._stopping = threading.Event()
         self._down = threading.Event()
         self._answered = threading.Event()
@@ -186,8 +202,9 @@ class Connection:
         client = _CountingClient(
             CallbackAPIVersion.VERSION2,
             client_id=client_id,
-            clean_session=True,  # a broker's session is no store; the state is published anew
-            protocol=paho.MQTTv311,
+            # A broker's session is no store; the state is published anew (5: see `_connect_once`).
+            clean_session=None if self._settings.protocol == 5 else True,
+            protocol=paho.MQTTv5 if self._settings.protocol == 5 else paho.MQTTv311,
             reconnect_on_failure=False,
         )
         client.connect_timeout = CONNECT_S
@@ -196,13 +213,18 @@ class Connection:
         if self._settings.username is not None:
             client.username_pw_set(self._settings.username, self._settings.password)
         if self._settings.ca_file is not None:
-            client.tls_set_context(_tls(self._settings))
+            client.tls_set_context(
+                client_context(
+                    self._settings.ca_file, self._settings.cert_file, self._settings.key_file
+                )
+            )
         if will is not None:
             client.will_set(*will, qos=QOS, retain=True)
         client.on_connect = self._connected
         client.on_subscribe = self._subscribed
         client.on_disconnect = self._disconnected
         client.on_message = self._received
+        client.on_publish = self._published
         client.on_socket_open = _without_delay
         return client
 
@@ -274,8 +296,24 @@ class Connection:
         """
         if self._phase is not Phase.UP:
             return False
+        with self._changed:
+            self._outstanding += 1
         code = self._client.publish(topic, payload, qos=qos, retain=retain).rc
+        if code != MQTTErrorCode.MQTT_ERR_SUCCESS:
+            self._settle()
         return code == MQTTErrorCode.MQTT_ERR_SUCCESS
+
+    def wait_for_room(self, timeout: float) -> bool:
+        """Wait until one more message goes out at once instead of into a queue.
+
+        Returns:
+            False: after `timeout` seconds the connection was not up, or `IN_FLIGHT` messages
+            were still not written to the socket (QoS 0) or acknowledged by the broker (QoS 1).
+        """
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self._phase is Phase.UP and self._outstanding < IN_FLIGHT, timeout
+            )
 
     # The keeper's thread.
 
@@ -298,12 +336,17 @@ class Connection:
     def _connect_once(self) -> str:
         """Connect and stay until the connection ends; why it ended."""
         broker = f"broker {self._settings.address}"
+        with self._changed:  # of QoS 0 nothing outlives a connection, and paho does not say so
+            self._outstanding = self._client.unacknowledged
         try:
             self._client.connect(
-                self._settings.host, self._settings.port, self._settings.keepalive_s
+                self._settings.host,
+                self._settings.port,
+                self._settings.keepalive_s,
+                **(_version_5() if self._settings.protocol == 5 else {}),
             )
         except (OSError, ValueError) as e:
-            return f"{broker} is unreachable: {_explain(e)}"
+            return f"{broker} is unreachable: {explain(e, CONNECT_S)}"
         self._client.loop_start()
         try:
             if not self._answered.wait(CONNECT_S):
@@ -342,6 +385,14 @@ class Connection:
             )
         if self._phase is Phase.SUBSCRIBING:
             self._events.put(self._up)
+
+    def _published(self, *_args: Any) -> None:
+        self._settle()
+
+    def _settle(self) -> None:
+        with self._changed:
+            self._outstanding = max(0, self._outstanding - 1)
+            self._changed.notify_all()
 
     def _disconnected(self, *_args: Any) -> None:
         self._down.set()
@@ -394,31 +445,8 @@ def _without_delay(_client: paho.Client, _data: Any, sock: Any) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def _tls(settings: BrokerSettings) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=settings.ca_file)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if settings.cert_file is not None:
-            context.load_cert_chain(settings.cert_file, settings.key_file)
-    except (OSError, ssl.SSLError) as e:
-        files = ", ".join(
-            str(f) for f in (settings.ca_file, settings.cert_file, settings.key_file) if f
-        )
-        raise ConfigError(f"certificates {files} cannot be loaded: {e.strerror or e}") from e
-    return context
-
-
-def _explain(error: Exception) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate does not verify: {error.verify_message}; check ca_file and host"
-    if isinstance(error, ssl.SSLError):
-        return f"TLS failed: {error.reason or error}; check the port and the certificates"
-    if isinstance(error, ConnectionRefusedError):
-        return "connection refused; is it running?"
-    if isinstance(error, socket.gaierror):
-        return "its name is not known; check the host"
-    if isinstance(error, TimeoutError):
-        return f"no answer within {CONNECT_S:g} s; is a firewall in between?"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return str(error)
+def _version_5() -> dict[str, Any]:
+    """What MQTT 5 wants to be told at each connect."""
+    properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+    properties.MaximumPacketSize = MAX_PACKET
+    return {"clean_start": True, "properties": properties}

@@ -89,6 +89,10 @@ class PartFile:
         """Whether every block has come (their hash is checked by `finish` only)."""
         return len(self.have) == self.count
 
+    def missing(self) -> list[int]:
+        """Blocks that have not come, rising."""
+        return [i for i in range(self.count) if i not in self.have]
+
     def write(self, index: int, data: bytes) -> None:
         """Keep one block; a block that is there already is left alone.
 

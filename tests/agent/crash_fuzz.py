@@ -44,11 +44,12 @@ from fleetprune_agent.data import Samples, Split
 from fleetprune_agent.duties import Duties
 from fleetprune_agent.feedback import OnDisk
 from fleetprune_agent.inbox import MAX_WAITING, TaskInbox
+from fleetprune_agent.parts import Parts
 from fleetprune_agent.serving import Predictor
 from fleetprune_agent.slots import Slots
 from fleetprune_agent.state import locked
 from fleetprune_agent.telemetry import Traffic
-from fleetprune_agent.trial import Evidence, Finding, Request, in_process
+from fleetprune_agent.trial import Evidence, Finding, Request, Trial, in_process
 from fleetprune_agent.trust import TrustedRepository
 from fleetprune_agent.worker import Worker
 from fleetprune_coordinator.delta_maker import make
@@ -68,13 +69,14 @@ class Road(MemoryRepository):
     """Pulls in blocks into part files, as an agent does, over a slow line."""
 
     def pull(self, name: str, size: int, sha256: str, into: Path) -> None:
-        data, parts = self._find(name), into.parents[2] / "parts"
-        parts.mkdir(exist_ok=True)
-        with PartFile(parts / f"{sha256}.part", size, bytes.fromhex(sha256), BLOCK) as part:
-            for index in set(range(part.count)) - part.have:
+        data = self._find(name)
+
+        def fetch(part: PartFile) -> None:
+            for index in sorted(set(range(part.count)) - part.have):
                 time.sleep(BLOCK_S)
                 part.write(index, data[index * BLOCK : (index + 1) * BLOCK])
-            part.finish(into)
+
+        Parts(into.parents[2] / "parts", BLOCK).fill(name, size, sha256, into, fetch)
 
 
 class Answers:
@@ -110,7 +112,7 @@ def samples() -> Split:
     return Split(train=part, held_out=part)
 
 
-def live(state: Path, road: Road, wire: int, task: Task | None) -> None:
+def live(state: Path, road: Road, wire: int, task: Task | None, how: Trial = trial) -> None:
     """An agent's life: what it does after each start, in the order of `Agent`."""
     with locked(state):
         outbox = Outbox(state / "outbox", 100_000)
@@ -145,7 +147,7 @@ def live(state: Path, road: Road, wire: int, task: Task | None) -> None:
             deliver=lambda kind, name, data: (outbox.put(kind, name, data), None)[1],
             acknowledge=lambda _: None,
             traffic=Traffic,
-            trial=trial,
+            trial=how,
         )
         deliver()
         duties.repeat_report()
@@ -210,24 +212,40 @@ class Fleet:
                 self.road.roll_out(CLASS, stable=self.told)
             return
         number = len(self.models) + 1
-        model = gemm(number, padding=PADDING)
-        fields: dict[str, Any] = {}
         if kind == "later":
-            model = raises_on_large_input(number)
             self.poor.add(number)
-        if kind == "kills":
-            fields["licence"] = KILLS_WHO_TRIES
-        if kind == "delta" and number > 1:
+        self.add(
+            number,
+            raises_on_large_input(number) if kind == "later" else gemm(number, padding=PADDING),
+            samples=golden(number + 1) if kind == "fails" else None,
+            delta=kind == "delta" and number > 1,
+            sound=kind not in ("fails", "kills"),
+            licence=KILLS_WHO_TRIES if kind == "kills" else "",
+        )
+
+    def add(
+        self,
+        number: int,
+        model: bytes,
+        *,
+        samples: bytes | None = None,
+        delta: bool = False,
+        sound: bool = True,
+        licence: str = "",
+    ) -> None:
+        """Publish a release, and tell the device to run it."""
+        fields: dict[str, Any] = {"licence": licence}
+        if delta:
             base = self.models[number - 1]
             change, path = make(base, model), f"releases/{CLASS}/{number}/from.delta"
             self.road.add(path, change)
             fields["deltas"] = [
                 {"base": _sha(base), "target": path, "sha256": _sha(change), "size": len(change)}
             ]
-        answers = golden(number + (kind == "fails"))
-        self.road.release(number, CLASS, model=model, samples=answers, fields=fields)
+        samples = golden(number) if samples is None else samples
+        self.road.release(number, CLASS, model=model, samples=samples, fields=fields)
         self.models[number], self.told = model, number
-        if kind not in ("fails", "kills"):
+        if sound:
             self.good[number] = _sha(model)
         for old in [path for path in self.road.targets.targets if _number(path) <= number - KEPT]:
             self.road.blobs.pop(f"targets/{_blob(old, self.road.targets.targets.pop(old))}", None)
@@ -299,6 +317,13 @@ class Fleet:
             self.live(None, next(iter(self._unanswered()), None))
             self.life_s = max(0.9 * self.life_s, time.monotonic() - begun)
             self.take()
+        self.truth()
+        assert not self._unanswered(), "accepted and never answered"
+        assert not len(Outbox(self.state / "outbox", 100_000))
+        self.count["told the truth"] += 1
+
+    def truth(self) -> None:
+        """The coordinator's last report says what runs, and why that is not what should."""
         slots = Slots(self.state)
         active, said = slots.active(), self.last
         assert active is not None and said is not None
@@ -310,9 +335,6 @@ class Fleet:
             assert said.state == "rolled_back" and f"release {self.told}: " in said.error, said
         else:
             assert said.state != "rolled_back", said
-        assert not self._unanswered(), "accepted and never answered"
-        assert not len(Outbox(self.state / "outbox", 100_000))
-        self.count["told the truth"] += 1
         self.count["runs what it is told"] += active.release == self.told
 
     def run(self, kills: int) -> dict[str, object]:

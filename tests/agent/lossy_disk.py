@@ -332,9 +332,7 @@ def power_cuts(record: Record, *, seed: int = 0, most: int = 40) -> Iterator[Pow
             disk.take(event)
             promises += (event.label,) if event.kind == "mark" else ()
         files = list(disk.versions)
-        remains = [
-            _remains(disk.contents.get(i, b""), disk.versions[i], rng) for i in files
-        ]
+        remains = [_remains(disk.contents.get(i, b""), disk.versions[i], rng) for i in files]
         for kept, left in _choices(len(disk.changes), [len(r) for r in remains], rng, most):
             changes = [e for e, keep in zip(disk.changes, kept, strict=True) if keep]
             contents = {i: r[at] for i, r, at in zip(files, remains, left, strict=True)}

@@ -6,14 +6,12 @@ needed for which of these; `POWER_CUTS=400` takes more states per operation.
 """
 
 import hashlib
-import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pytest
 from lossy_disk import PowerCut, Record, power_cuts, recording, write_tree
 from models import ZEROS, gemm
 from repositories import Clock, MemoryRepository
@@ -25,6 +23,7 @@ from fleetprune.partfile import PartFile
 from fleetprune_agent.feedback import EMPTY, OnDisk
 from fleetprune_agent.inbox import TaskInbox
 from fleetprune_agent.install import install
+from fleetprune_agent.parts import Parts
 from fleetprune_agent.serving import Predictor
 from fleetprune_agent.slot_files import State
 from fleetprune_agent.slots import Slots
@@ -41,13 +40,13 @@ class Road(MemoryRepository):
     """Pulls into part files, as an agent does."""
 
     def pull(self, name: str, size: int, sha256: str, into: Path) -> None:
-        parts = into.parents[2] / "parts"
-        parts.mkdir(exist_ok=True)
         data = self._find(name)
-        with PartFile(parts / f"{sha256}.part", size, bytes.fromhex(sha256), BLOCK) as part:
-            for index in range(part.count):
+
+        def fetch(part: PartFile) -> None:
+            for index in sorted(set(range(part.count)) - part.have):
                 part.write(index, data[index * BLOCK : (index + 1) * BLOCK])
-            part.finish(into)
+
+        Parts(into.parents[2] / "parts", BLOCK).fill(name, size, sha256, into, fetch)
 
 
 @dataclass

@@ -25,7 +25,8 @@ from fleetprune.blocks import (
 from fleetprune.errors import TransportError, TrustError, WireError
 from fleetprune.mqtt import Connection
 from fleetprune.topics import Topics
-from fleetprune_agent.transfer import MAX_PARTS, BlobClient
+from fleetprune_agent.parts import MAX_PARTS
+from fleetprune_agent.transfer import BlobClient
 from tests.brokers import BACK_S, restartable  # noqa: F401
 
 BS = 1000

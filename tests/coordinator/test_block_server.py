@@ -17,13 +17,8 @@ from fleetprune.blocks import (
 )
 from fleetprune.errors import WireError
 from fleetprune.windows import Upload
-from fleetprune_coordinator.block_server import (
-    DEVICE_SPOOLS,
-    OPEN_FILES,
-    OPEN_SPOOLS,
-    Admission,
-    BlockServer,
-)
+from fleetprune_coordinator.block_reader import OPEN_FILES
+from fleetprune_coordinator.block_server import DEVICE_SPOOLS, OPEN_SPOOLS, Admission, BlockServer
 
 BS = 1000
 DATA = random.Random(3).randbytes(4 * BS + 1)

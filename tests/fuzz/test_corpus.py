@@ -5,10 +5,10 @@ import tracemalloc
 import warnings
 
 import pytest
-from tests.fuzz.corpus import FOLDER, MOST, load, save
-from tests.fuzz.targets import Target, targets
 
 from fleetprune.errors import WireError
+from tests.fuzz.corpus import FOLDER, MOST, load, save
+from tests.fuzz.targets import Target, targets
 
 MOST_MEMORY = 32 * 2**20  # bytes that one input of a few kB may take
 

@@ -12,6 +12,9 @@ def test_golden_topics():
     assert FLEET.up("d1", "ack") == "fleetprune/north/up/d1/ack"
     assert FLEET.down("d1", "task") == "fleetprune/north/down/d1/task"
     assert FLEET.up("+", "put") == "fleetprune/north/up/+/put"
+    assert FLEET.shared_requests == "$share/blocks/fleetprune/north/up/+/get"
+    assert FLEET.parse_blocks("fleetprune/north/blocks/s1") == "s1"
+    assert FLEET.parse_blocks("fleetprune/south/blocks/s1") is None
 
 
 def test_every_topic_is_documented():
@@ -23,6 +26,7 @@ def test_every_topic_is_documented():
     assert documented == {
         plain.release,
         plain.coordinator,
+        plain.blocks("{server}"),
         *(plain.up("{device}", kind) for kind in ups),
         *(plain.down("{device}", kind) for kind in downs),
     }

@@ -1,0 +1,53 @@
+"""TLS as a client: whom we believe, who we are, and what went wrong in words."""
+
+import socket
+import ssl
+from pathlib import Path
+
+from fleetprune.errors import ConfigError
+
+
+def client_context(
+    ca_file: Path | None, cert_file: Path | None = None, key_file: Path | None = None
+) -> ssl.SSLContext:
+    """Verifies the server's certificate and name; TLS 1.2 or newer.
+
+    Args:
+        ca_file: Certificates to verify with; None: those that the system believes.
+        cert_file: Our own certificate, where the server wants one.
+        key_file: Its key.
+
+    Raises:
+        ConfigError: A file cannot be loaded.
+    """
+    try:
+        context = ssl.create_default_context(cafile=ca_file)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if cert_file is not None:
+            context.load_cert_chain(cert_file, key_file)
+    except (OSError, ssl.SSLError) as e:
+        files = ", ".join(str(f) for f in (ca_file, cert_file, key_file) if f)
+        raise ConfigError(f"certificates {files} cannot be loaded: {e.strerror or e}") from e
+    return context
+
+
+def explain(error: Exception, timeout_s: float) -> str:
+    """Why a connection failed, for people.
+
+    Args:
+        error: What was raised.
+        timeout_s: How long an answer was waited for.
+    """
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate does not verify: {error.verify_message}; check ca_file and host"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {error.reason or error}; check the port and the certificates"
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused; is it running?"
+    if isinstance(error, socket.gaierror):
+        return "its name is not known; check the host"
+    if isinstance(error, TimeoutError):
+        return f"no answer within {timeout_s:g} s; is a firewall in between?"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error)
