@@ -102,26 +102,25 @@ class _Recorder:
                 link = content if isinstance(content, str) else b""
                 where = self.numbers[path.parent], path.name
                 self.events.append(Event(kind, number, *where, content=link))
-            if isinstance(content, bytes):
-                if content != self.contents.get(number, b""):
-                    self.contents[number] = content
-                    self.events.append(Event("write", number, content=content))
+            if isinstance(content, bytes) and content != self.contents.get(number, b""):
+                self.contents[number] = content
+                self.events.append(Event("write", number, content=content))
 
-    def known(self, path: object) -> Path | None:
+    def known(self, path: Path | str | int) -> Path | None:
         if isinstance(path, int):
-            path = os.readlink(f"/proc/self/fd/{path}").removesuffix(" (deleted)")
-        found = Path(os.path.abspath(os.fspath(path)))
+            path = str(Path(f"/proc/self/fd/{path}").readlink()).removesuffix(" (deleted)")
+        found = _absolute(path)
         return found if found in self.numbers else None
 
-    def removed(self, path: object) -> None:
+    def removed(self, path: Path | str) -> None:
         found = self.known(path)
         if found is not None:
             event = Event("unlink", self.numbers[found], self.numbers[found.parent], found.name)
             self.events.append(event)
             del self.numbers[found]
 
-    def renamed(self, source: object, target: object) -> None:
-        found, to = self.known(source), Path(os.path.abspath(os.fspath(target)))
+    def renamed(self, source: Path | str, target: Path | str) -> None:
+        found, to = self.known(source), _absolute(target)
         if found is None:
             return
         number = self.numbers.pop(found)
@@ -137,6 +136,11 @@ class _Recorder:
             name = str(found.relative_to(self.root))
             label = f"{_caller()}: {name}"
             self.events.append(Event("fsync", self.numbers[found], label=label))
+
+
+def _absolute(path: Path | str) -> Path:
+    """Of a name, not of what a link leads to."""
+    return Path(path).parent.resolve() / Path(path).name
 
 
 def _caller() -> str:

@@ -1,4 +1,4 @@
-"""Every state of an installation, ended by every kind of trouble: prints docs/installation-matrix.md.
+"""Every state of an installation, ended by every trouble: prints docs/installation-matrix.md.
 
 A device runs release 1, committed and reported, and is told to run release 2. Its agent is a fork
 that meets trouble when it enters a state; the trouble stays until that life ends. Then it is
@@ -217,7 +217,7 @@ class Cell(Fleet):
             self.check()
         self.truth()
         active = Slots(self.state).active()
-        assert after is not None and active is not None
+        assert after is not None and active is not None, "NO MODEL"
         reason = Slots(self.state).rejected().get(self.told, "")
         if active.release == self.told:
             assert active.state is State.COMMITTED
@@ -279,12 +279,13 @@ def main() -> None:
 
 HEAD = """# Every state, ended by every trouble
 
-Made by `make matrix-install`, from real processes; a test compares. A device runs release 1, is told to run
-release 2 (or, where a return is said, runs 2 and is told to go back), and meets trouble when it enters
-a state of its [installation](installation.md). The trouble stays until the agent's end; then it is started
-again. A cell says which release is active right after the trouble, and which in the end where that differs.
-In every cell the active model is whole and verified at each look, and the coordinator's last report names the
-release that runs and why another does not.
+`make state-matrix` makes this page from real processes, and a test compares it. A device runs
+release 1, is told to run release 2 (or, where a return is said, runs 2 and is told to go back), and
+meets trouble when it enters a state of its [installation](installation.md). The trouble stays until
+that agent ends; then it is started again with all in order. A cell says which release is active
+right after the trouble, and which in the end where that differs. In every cell the active model is
+whole and verified at each look, and the coordinator's last report names the release that runs, and
+says why another does not.
 
 | state | told to run | killed | disk full | I/O error | network gone | hostile bytes |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -1,11 +1,14 @@
-"""SIGKILL at every operation on the disk, and at random instants: the old model or the new one."""
+"""SIGKILL at every operation on the disk, and at random instants: the old model or the new one.
 
+`make crashes KILLS=20000` runs the long form of the last test, with another seed if SEED says so.
+"""
+
+import json
 import os
-import random
 import shutil
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from fleetprune_agent.trust import FolderSource, TrustedRepository
 from fleetprune_coordinator.keys import init_repository
 from fleetprune_coordinator.releases import ReleaseContent, ReleaseRepository
 
+KILLS = int(os.environ.get("KILLS", "2000"))
+SEED = os.environ.get("SEED", "0")
 LENGTH = 200_000  # bytes of a model: 4 chunks
 
 
@@ -118,28 +123,61 @@ def test_killed_before_every_operation_of_the_first_installation(fleet):
     assert operations > 30
 
 
-def test_killed_at_random_instants(fleet):
-    """20 kills or more of a device that is offered a new release each time; seeded.
+FUZZ = Path(__file__).with_name("crash_fuzz.py")
 
-    A release still on trial gives way to a newer one, so the proven one counts as old too.
-    Instants are drawn from the time that one whole life takes, and follow the machine's load.
-    """
-    rng = random.Random(7)
-    fleet.publish(1)
-    begun = time.monotonic()
-    assert fleet.live("operation", 1 << 30) == "done 0"
-    life = time.monotonic() - begun
-    kills, seen, release = 0, set(), 1
-    while kills < 20 or len(seen) < 2:
-        release += 1
-        assert release < 200, f"{kills} kills, seen {seen}: instants are drawn badly"
-        fleet.publish(release)
-        slots = Slots(fleet.state)
-        old = slots.active()
-        proven = slots.fallback(old)
-        allowed = {old.release, release} | ({proven.release} if proven else set())
-        killed = fleet.live("time", rng.uniform(0, life)) == "killed"
-        kills, life = kills + killed, life * (1.1 if killed else 0.7)
-        got = fleet.answer()
-        assert got in allowed, f"release {got} runs, allowed are {allowed}"
-        seen.add("new" if got == release else "old")
+
+def fuzz(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """In memory where there is such a file system: a kill does not ask what the disk has."""
+    shm = Path("/dev/shm")
+    folder = tempfile.mkdtemp(dir=shm if shm.is_dir() else tmp_path)
+    try:
+        return subprocess.run(
+            [sys.executable, *arguments, SEED, folder],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        )
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.timeout(max(600, KILLS))
+def test_killed_all_the_time(tmp_path):
+    """A whole life, with every kind of release: see `crash_fuzz`, which asserts after each kill."""
+    done = fuzz(tmp_path, str(FUZZ), str(KILLS))
+    assert done.returncode == 0, done.stderr[-3000:]
+    counted = json.loads(done.stdout)
+    print(counted)
+    assert counted["kills"] >= KILLS
+    assert counted["told the truth"] >= KILLS // 41
+    if KILLS >= 1000:
+        kinds = ("sound", "delta", "fails", "kills", "later", "abort", "results")
+        assert all(counted[kind] for kind in kinds)
+        assert counted["told the truth"] > counted["runs what it is told"] > 0
+
+
+BREAKS = {
+    "the running model's slot is used": (
+        "Slots._idle = lambda self, active: 'a' if active is None else active.slot",
+        "NO MODEL",
+    ),
+    "a start says what the last report said": (
+        "Duties.repeat_report = lambda self: None",
+        "AssertionError",
+    ),
+    "an answer is delivered before it is kept": (
+        "OnDisk.save = lambda self, memory: None; done = TaskInbox.done; "
+        "TaskInbox.done = lambda self, task: (time.sleep(0.02), done(self, task))",
+        "told differently",
+    ),
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_the_fuzz_finds(tmp_path, broken):
+    change, message = BREAKS[broken]
+    code = f"import sys; sys.path.append({str(FUZZ.parent)!r}); import crash_fuzz; "
+    code += f"from crash_fuzz import *; {change}; main(1000, int(sys.argv[1]), sys.argv[2])"
+    done = fuzz(tmp_path, "-c", code)
+    assert done.returncode == 1
+    assert message in done.stderr
