@@ -206,7 +206,8 @@ class Fleet:
             kind = "sound"
         self.count[kind] += 1
         if kind == "abort":
-            older = sorted(set(self.good) - self.poor)[-3:-1]
+            least = len(self.models) - KEPT + 1
+            older = [r for r in sorted(set(self.good) - self.poor) if r >= least][:-1]
             if older:
                 self.told = self.rng.choice(older)
                 self.road.roll_out(CLASS, stable=self.told)

@@ -10,9 +10,13 @@ SCRIPT = Path(__file__).with_name("state_matrix.py")
 PAGE = Path(__file__).parents[2] / "docs" / "installation-matrix.md"
 
 
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], check=False, capture_output=True, text=True)
+
+
 @pytest.mark.timeout(400)
 def test_the_page_is_what_the_processes_do():
-    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
+    done = run(str(SCRIPT))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == PAGE.read_text()
 
@@ -37,6 +41,6 @@ BREAKS = {
 def test_a_cell_can_fail(broken):
     change, message = BREAKS[broken]
     code = f"import sys; sys.path.append({str(SCRIPT.parent)!r}); from state_matrix import *; "
-    done = subprocess.run([sys.executable, "-c", code + change], capture_output=True, text=True)
+    done = run("-c", code + change)
     assert done.returncode == 1
     assert message in done.stderr
