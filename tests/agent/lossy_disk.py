@@ -143,13 +143,17 @@ def _absolute(path: Path | str) -> Path:
     return Path(path).parent.resolve() / Path(path).name
 
 
+_PASSED_THROUGH = ("replace_message", "Slots._write_pointer", "JournalFile.note")
+
+
 def _caller() -> str:
     """The functions of ours that asked for an fsync, outermost last."""
     frame, names = sys._getframe(1), []
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
-        if module.startswith("fleetprune") and "contextlib" not in module:
-            names.append(frame.f_code.co_qualname)
+        function = frame.f_code.co_qualname
+        if module.startswith("fleetprune") and function not in _PASSED_THROUGH:
+            names.append(function)
         frame = frame.f_back  # type: ignore[assignment]
     return " < ".join(names[:3])
 

@@ -7,12 +7,15 @@ parameter which the caller knows (a length, a codec) takes it from the first byt
 
 import copy
 import json
+import lzma
 import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +26,15 @@ from tuf.api.metadata import Root
 
 from fleetprune import manifest, messages, rollout
 from fleetprune.blocks import Block, NotFound, Put, Request, Stored, StoreState, decode
-from fleetprune.errors import FleetpruneError, GraphError, HostileInputError, TransportError
+from fleetprune.deflate import deflate
+from fleetprune.delta import HEAD, LZMA, MAGIC, VERSION, apply
+from fleetprune.errors import (
+    FleetpruneError,
+    GraphError,
+    HostileInputError,
+    TransportError,
+    TrustError,
+)
 from fleetprune.frame import decode_frame, encode_frame
 from fleetprune.graphmeta import check_outputs, parse_graph_meta, reference_feeds
 from fleetprune.manifest import Manifest
@@ -38,10 +49,15 @@ from fleetprune.values import decode_values, encode_values
 from fleetprune_agent import slot_files
 from fleetprune_agent.feedback import Memory, decode_memory, encode_memory
 from fleetprune_agent.golden import load_golden
+from fleetprune_agent.journal import Journal
+from fleetprune_agent.starts import Starts
+from fleetprune_agent.trial import Finding
 from fleetprune_agent.trust import TrustedRepository
 
-sys.path.append(str(Path(__file__).parents[1] / "agent"))  # models, repositories
+sys.path.append(str(Path(__file__).parents[1] / "agent"))  # their examples
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
+from delta_examples import BASE, DELTA, TARGET
 from models import INPUTS, golden, npz
 from repositories import Clock, MemoryRepository
 
@@ -180,7 +196,7 @@ MESSAGES: tuple[type[Message], ...] = tuple(
             if isinstance(kind, type) and issubclass(kind, Message) and kind is not Message
         }
         | {ModelHeader, slot_files.Record, slot_files.Pointer, slot_files.Staging}
-        | {slot_files.Rejected},
+        | {slot_files.Rejected, slot_files.Refusal, Journal, Starts, Finding},
         key=lambda kind: kind.__name__,
     )
 )
@@ -224,6 +240,49 @@ def scratch() -> Path:
     holder = TemporaryDirectory(dir=FILES, prefix="fleetprune-fuzz-")
     scratch.__dict__["holder"] = holder  # removed when the process ends
     return Path(holder.name)
+
+
+def delta(data: bytes) -> None:
+    """Whatever it is applied to, it makes what it says, or nothing."""
+    made = apply(BASE, data, max_bytes=1 << 16)
+    assert len(made) <= 1 << 16
+
+
+def delta_inside(data: bytes) -> None:
+    """What stands in the four streams of a delta, which are packed here."""
+    if len(data) < 6:
+        return
+    count, size = data[0], data[1]
+    cuts = [0, data[2], data[2] + data[3], data[2] + data[3] + data[4]]
+    body = data[5:]
+    table, rest, about, steps = (
+        body[at:end] for at, end in zip(cuts, [*cuts[1:], len(body)], strict=True)
+    )
+    packed = [deflate(part, match=True) for part in (table, about)]
+    packed.insert(1, deflate(rest, match=True, dictionary=_REST_OF_BASE))
+    packed.append(lzma.compress(steps, lzma.FORMAT_RAW, filters=[LZMA]))
+    digests = sha256(BASE).digest(), sha256(TARGET).digest()
+    head = HEAD.pack(MAGIC, VERSION, count, len(BASE), size, *digests, *map(len, packed))
+    apply(BASE, head + b"".join(packed), max_bytes=1 << 16)
+
+
+_REST_OF_BASE = b"<>"  # what is left of the base without the weight of the seed
+
+
+def _delta_seed() -> bytes:
+    """`DELTA`, unpacked."""
+    lengths = HEAD.unpack_from(DELTA)[-4:]
+    at, streams = HEAD.size, []
+    for length in lengths:
+        streams.append(DELTA[at : at + length])
+        at += length
+    table, about = zlib.decompressobj(-15), zlib.decompressobj(-15)
+    rest = zlib.decompressobj(-15, zdict=_REST_OF_BASE)
+    parts = [table.decompress(streams[0]), rest.decompress(streams[1])]
+    parts.append(about.decompress(streams[2]))
+    steps = lzma.decompress(streams[3], lzma.FORMAT_RAW, filters=[LZMA])
+    sizes = bytes(map(len, parts))
+    return bytes([1, len(TARGET)]) + sizes + b"".join(parts) + steps
 
 
 def outbox(data: bytes) -> None:
@@ -273,7 +332,7 @@ def _manifest() -> Manifest:
     )
 
 
-ROLES = ("timestamp", "snapshot", "targets", "root")
+ROLES = ("timestamp", "snapshot", "targets", "root", "rollouts", "graphs")
 
 
 @cache
@@ -290,13 +349,16 @@ def _served(role: str) -> str:
         "snapshot": f"metadata/{repository.snapshot.version}.snapshot.json",
         "targets": f"metadata/{repository.targets.version}.targets.json",
         "root": "metadata/2.root.json",
+        "rollouts": f"metadata/{repository.delegated['rollouts'].version}.rollouts.json",
+        "graphs": f"metadata/{repository.delegated['graphs'].version}.graphs.json",
     }
     return versions[role]
 
 
-def _look(name: str, data: bytes) -> None:
+def _look(overrides: dict[str, bytes]) -> None:
+    """All that a device asks the repository, with some of its files replaced."""
     repository = _repository()
-    repository.overrides = {name: data}
+    repository.overrides = overrides
     folder = scratch() / "trust"
     for left in folder.rglob("*") if folder.is_dir() else ():
         if not left.is_dir():
@@ -304,19 +366,38 @@ def _look(name: str, data: bytes) -> None:
     trusted = TrustedRepository(folder, repository.bootstrap, repository, Clock())
     trusted.refresh()
     trusted.describe("releases/phone/1/model.onnx")
+    told = trusted.rollout("phone")
+    trusted.manifest("phone", told.wanted("d1", 0) if told is not None else 1)
+    with suppress(TrustError):  # there is none
+        trusted.describe("graphs/a.onnx")
+
+
+def document(data: bytes) -> None:
+    """A rollout, or a manifest, that is validly signed and says anything."""
+    repository = _repository()
+    path, rest = chosen(data, (rollout.rollout_path("phone"), manifest.manifest_path("phone", 1)))
+    kept = {role: dict(targets.targets) for role, targets in repository.content().items()}
+    blobs = dict(repository.blobs)
+    try:
+        repository.add(path, rest)
+        _look({})
+    finally:
+        repository.blobs = blobs
+        for role, targets in repository.content().items():
+            targets.targets = kept[role]
 
 
 def tuf_unsigned(data: bytes) -> None:
     """Any bytes in the place of one role's metadata."""
     role, rest = chosen(data, ROLES)
-    _look(_served(role), rest)
+    _look({_served(role): rest})
 
 
 def tuf_signed(data: bytes) -> None:
     """Whatever a stolen key may sign: the bytes are the `signed` part of one role's metadata."""
     role, rest = chosen(data, ROLES)
     signed = _resigned(role, rest)
-    _look(_served(role), rest if signed is None else signed)
+    _look({_served(role): rest if signed is None else signed})
 
 
 def tuf_edited(data: bytes) -> None:
@@ -325,7 +406,7 @@ def tuf_edited(data: bytes) -> None:
     seed = json.loads(_signed_seeds()[ROLES.index(role)][1:])
     signed = _resigned(role, json.dumps(edited(seed, rest)).encode())
     if signed is not None:
-        _look(_served(role), signed)
+        _look({_served(role): signed})
 
 
 def _resigned(role: str, data: bytes) -> bytes | None:
@@ -348,7 +429,23 @@ def _metadata_seeds() -> tuple[bytes, ...]:
     newer = Root.from_dict(repository.root.to_dict())
     newer.version = 2
     payloads = (repository.timestamp, repository.snapshot, repository.targets, newer)
-    return tuple(bytes([i]) + repository.signed(payload) for i, payload in enumerate(payloads))
+    payloads += tuple(repository.delegated[role] for role in ROLES[4:])
+    return tuple(
+        bytes([i]) + repository.signed(payload, ROLES[i]) for i, payload in enumerate(payloads)
+    )
+
+
+def _documents() -> tuple[bytes, ...]:
+    repository = _repository()
+    paths = (rollout.rollout_path("phone"), manifest.manifest_path("phone", 1))
+    targets = {p: t for role in repository.content().values() for p, t in role.targets.items()}
+    blobs = (f"targets/{_blob_name(path, targets[path])}" for path in paths)
+    return tuple(bytes([i]) + repository.blobs[blob] for i, blob in enumerate(blobs))
+
+
+def _blob_name(path: str, target: Any) -> str:
+    folder, _, name = path.rpartition("/")
+    return f"{folder}/{target.hashes['sha256']}.{name}"
 
 
 @cache
@@ -432,6 +529,8 @@ def _message_seeds() -> tuple[bytes, ...]:
         fields |= {"manifest": every | files, "files": {"model.onnx": sha}, "releases": {"3": "x"}}
         if kind in (slot_files.Pointer, messages.Telemetry):
             fields["state"] = "trial"
+        if kind is Journal:
+            fields |= {"model": sha, "finding": {"samples": 3, "accuracy": 0.5}}
         known = {f.alias or name for name, f in kind.model_fields.items()}
         known_fields = {k: v for k, v in fields.items() if k in known}
         out.append(bytes([i]) + _json(known_fields))
@@ -486,12 +585,15 @@ def targets() -> dict[str, Target]:
         "message": Target(message, _message_seeds(), max_len=8192),
         "message_edited": Target(message_edited, _edits(len(MESSAGES)), max_len=17),
         "graph_meta_edited": Target(graph_meta_edited, _edits(4), (GraphError,), max_len=17),
-        "tuf_edited": Target(tuf_edited, _edits(len(ROLES)), device, max_len=17, share=0.2),
+        "tuf_edited": Target(tuf_edited, _edits(len(ROLES)), device, max_len=17, share=0.05),
         "graph_meta": Target(graph_meta, _graph_meta_seeds(), (GraphError,)),
         "golden": Target(golden_samples, samples, (GraphError,), max_len=8192),
-        "tuf_unsigned": Target(tuf_unsigned, _metadata_seeds(), device, share=0.2),
-        "tuf_signed": Target(tuf_signed, _signed_seeds(), device, share=0.2),
+        "document": Target(document, _documents(), device, share=0.05),
+        "delta": Target(delta, (DELTA,), max_len=1024),
+        "delta_inside": Target(delta_inside, (_delta_seed(),), max_len=512),
+        "tuf_unsigned": Target(tuf_unsigned, _metadata_seeds(), device, share=0.05),
+        "tuf_signed": Target(tuf_signed, _signed_seeds(), device, share=0.05),
         "memory": Target(memory, (_memory_seed(),), ()),
-        "outbox": Target(outbox, (entry,), (), share=0.2),
+        "outbox": Target(outbox, (entry,), (), share=0.05),
         "part_map": Target(part_map, (part,), ()),
     }
