@@ -4,6 +4,9 @@
 #   make test [ARGS='tests/shared -k masks']
 #   make check   make bench   make clean
 #   make fuzz [NETS=10000]   (random networks, traced, cut and held against the dense ones)
+#   make fuzz-wire [RUNS=300000]   (all parsers of foreign bytes, with atheris)
+#   make crashes [KILLS=20000] [AGENT_KILLS=200] [POWER_CUTS=60] [SEED=N]   (half an hour)
+#   make state-matrix   (writes docs/installation-matrix.md)
 #   make matrix   (every model with every granularity, schedule and criterion: 15 minutes)
 #   make network   (every host of a fleet is cut off in turn, on several bad lines: as root, 5 minutes)
 #   make study OUT=DIR [SEEDS='60 61']   (docs/method.md: four hours, to be taken up again any time)
@@ -36,6 +39,23 @@ NETS ?= 2000
 
 fuzz: .venv/.dev
 	@FUZZ=$(NETS) $(BIN)/pytest --timeout 0 tests/coordinator/test_random_nets.py $(ARGS)
+
+RUNS ?= 300000
+
+fuzz-wire: .venv/.fuzz
+	@$(BIN)/python tests/fuzz/run.py --all $(RUNS)
+
+KILLS ?= 20000
+AGENT_KILLS ?= 200
+POWER_CUTS ?= 60
+
+crashes: .venv/.dev
+	@KILLS=$(KILLS) AGENT_KILLS=$(AGENT_KILLS) POWER_CUTS=$(POWER_CUTS) SEED=$(or $(SEED),0) \
+		$(BIN)/pytest -s tests/agent/test_crashes.py tests/agent/test_power_cuts.py \
+		tests/e2e/test_kills.py $(ARGS)
+
+state-matrix: .venv/.dev
+	@$(BIN)/python tests/agent/state_matrix.py > docs/installation-matrix.md
 
 matrix: .venv/.dev
 	@MATRIX=1 $(BIN)/pytest -n $(WORKERS) --timeout 0 tests/coordinator/test_matrix.py $(ARGS)
@@ -98,4 +118,9 @@ clean:
 .venv/.dev: pyproject.toml | .venv/bin/python
 	@echo "installing fleetprune[dev] into .venv (torch is large: minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# Not in dev: it is for CPython 3.11 to 3.13 on Linux alone.
+.venv/.fuzz: .venv/.dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	@touch $@

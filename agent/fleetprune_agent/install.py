@@ -143,7 +143,7 @@ def _rollout(repository: TrustedRepository, slots: Slots, device_class: str) -> 
             f"rollout {rollout.serial} for {device_class} is older than {heard}, "
             "which this device has seen"
         )
-    slots.journal.note(sync=True, origin=origin, serial=rollout.serial)
+    slots.journal.note(origin=origin, serial=rollout.serial)
     return rollout
 
 
@@ -283,7 +283,7 @@ class _Attempt:
             return "", InstallOutcome(
                 Status.POSTPONED, self.wanted, "the agent ended during the health check"
             )
-        self.slots.journal.note(sync=True, model=manifest.sha256, finding=finding)
+        self.slots.journal.note(model=manifest.sha256, finding=finding)
         _note_arrival(self.slots, self.slots.switch(manifest, self.repository.origin, self.serial))
         return "", InstallOutcome(Status.INSTALLED, self.wanted, finding=finding)
 

@@ -6,7 +6,8 @@
 
 What runs is decided by the slots alone, in one rename. The journal follows them: where the two
 disagree, the process was killed in between and the slots are right (`standing`). Two things are
-known nowhere else and are synced: the highest serial of a rollout, and what the trial found.
+known nowhere else: the highest serial of a rollout, and what the trial found. So every write is
+synced: a phase that is noted without would take the serial with it when power fails.
 """
 
 import logging
@@ -80,14 +81,13 @@ class JournalFile:
         """What was noted last; an empty journal where there is none."""
         return read_message(self.path, Journal) or Journal()
 
-    def note(self, *, sync: bool = False, **changes: object) -> None:
+    def note(self, **changes: object) -> None:
         """Change some fields; writes only what differs.
 
         A disk that refuses costs the note and no more: going back to a proven release must be
         possible on a full one.
 
         Args:
-            sync: Must survive a power cut, and not only a kill.
             changes: Fields of `Journal`.
         """
         before = self.read()
@@ -95,7 +95,7 @@ class JournalFile:
         if after == before:
             return
         try:
-            replace_message(self.path, after, sync=sync)
+            replace_message(self.path, after)
         except InstallError as e:
             log.warning("the journal is behind: %s", e)
 

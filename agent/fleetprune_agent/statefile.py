@@ -29,20 +29,19 @@ def read_message(path: Path, kind: type[M]) -> M | None:
         return None
 
 
-def replace_message(path: Path, message: Message, *, sync: bool = True) -> None:
+def replace_message(path: Path, message: Message) -> None:
     """Write a file of ours in one step; what does not parse is set aside first.
 
     Args:
         path: In an existing folder.
         message: The new content.
-        sync: See `write_atomic`.
 
     Raises:
         InstallError: The disk is full or refuses, or the file is a newer version's.
     """
     refuse_newer(path)
     tidy(path, type(message))
-    write_atomic(path, message.to_bytes(), sync=sync)
+    write_atomic(path, message.to_bytes())
 
 
 def refuse_newer(path: Path) -> None:
