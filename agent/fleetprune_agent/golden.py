@@ -83,5 +83,5 @@ def _read(archive: zipfile.ZipFile, name: str) -> NDArray[np.float32]:
     body = file.read()
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(body):
         raise GraphError(f"golden samples: {name} of shape {shape} in {len(body)} bytes")
-    order = "F" if by_columns else "C"
-    return np.frombuffer(body, dtype).astype(np.float32).reshape(shape, order=order)
+    flat = np.frombuffer(body, dtype).astype(np.float32)
+    return flat.reshape(shape[::-1]).T if by_columns else flat.reshape(shape)

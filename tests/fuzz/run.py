@@ -2,7 +2,7 @@
 
     python tests/fuzz/run.py TARGET [RUNS] [libFuzzer options]
     python tests/fuzz/run.py --all [RUNS]          every target, a line each
-    python tests/fuzz/run.py --keep [TARGET ...]   minimise what was found into the kept corpus
+    python tests/fuzz/run.py --keep [TARGET ...]    what was found, without repetitions, is kept
 
 Starts from the kept corpus; what it finds beyond that lies in `out/fuzz/TARGET`, and an input that
 was not refused as it should be in `out/fuzz/TARGET-crash-*`.
@@ -13,7 +13,13 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from targets import Target
 
 OUT = Path("out") / "fuzz"
 RSS_MB = 600  # what onnxruntime, python-tuf and numpy take is 200 of it
@@ -74,16 +80,45 @@ def fuzz_all(runs: int) -> bool:
 
 
 def keep(name: str) -> None:
-    """Minimise what was found, and write it to the kept corpus."""
-    from corpus import save  # noqa: PLC0415
+    """Write the shortest of what was found to the kept corpus: each takes a way of its own."""
+    from corpus import load, save  # noqa: PLC0415
+    from targets import targets  # noqa: PLC0415
 
-    small = OUT / f"{name}.small"
-    small.mkdir(parents=True, exist_ok=True)
-    for old in small.iterdir():
-        old.unlink()
-    merge = [sys.executable, __file__, name, "0", "-merge=1", str(small)]
-    subprocess.run(merge, check=True, capture_output=True)
-    print(f"{name}: {save(name, [path.read_bytes() for path in small.iterdir()])} kept")
+    logging.disable()
+    target, known, kept = targets()[name], set[object](), []
+    found = [path.read_bytes() for path in (OUT / name).iterdir()] if (OUT / name).exists() else []
+    for data in sorted({*target.seeds, *load(name), *found}, key=lambda d: (len(d), d)):
+        way = _way(target, data)
+        if not way <= known:
+            known |= way
+            kept.append(data)
+    print(f"{name}: {save(name, kept)} of {len(found)} kept")
+
+
+def _way(target: "Target", data: bytes) -> set[object]:
+    """Steps from line to line in our code and python-tuf's, and the error without its numbers."""
+    way: set[object] = set()
+
+    def trace(frame: FrameType, event: str, arg: object) -> Callable[..., object] | None:
+        if not str(frame.f_globals.get("__name__", "")).startswith(("fleetprune", "tuf.")):
+            return None
+        before = [0]
+
+        def line(frame: FrameType, event: str, arg: object) -> Callable[..., object]:
+            way.add((frame.f_code, before[0], frame.f_lineno))
+            before[0] = frame.f_lineno
+            return line
+
+        return line
+
+    sys.settrace(trace)
+    try:
+        target.run(data)
+    except target.family as e:
+        way.add((type(e), re.sub(r"[0-9a-f]*[0-9][0-9a-f]*|'.*?'", "", str(e))[:60]))
+    finally:
+        sys.settrace(None)
+    return way
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """Metadata and reference inputs: the same numbers on every machine."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -141,3 +143,38 @@ def test_a_training_graph_must_describe_its_targets():
     with pytest.raises(GraphError) as error:
         reference_feeds(broken)
     assert str(error.value) == "metadata of a train_step graph without a description of y"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": {"shape": [4, 2**40]}}, "verification.x.shape.1: Input should be less than"),
+        ({"x": {"shape": [-4, 2]}}, "verification.x.shape.0: Input should be greater than"),
+        ({"x": {"shape": []}}, "verification.x.shape: Tuple should have at least 1 item"),
+        ({"params": [[2**60, 0.0, 1.0]]}, "verification.params.0.0: Input should be less than"),
+        ({"params": [[3, 0.0, 1e300]]}, "verification.params.0.2: Input should be less than"),
+        ({"y": {"shape": [4], "high": 2**40}}, "verification.y.high: Input should be less than"),
+    ],
+)
+def test_metadata_cannot_ask_for_any_amount_of_memory(changes, message):
+    values = json.loads(meta().to_json())
+    values["verification"] |= changes
+    with pytest.raises(GraphError) as error:
+        parse_graph_meta(json.dumps(values))
+    assert str(error.value).startswith(f"graph metadata, {message}")
+
+
+def test_the_inputs_of_a_graph_are_bounded_together():
+    values = json.loads(meta().to_json())
+    values["verification"] |= {"x": {"shape": [2**13, 2**13]}, "y": None}
+    with pytest.raises(GraphError) as error:
+        parse_graph_meta(json.dumps(values))
+    state = sum(
+        run["size"] if isinstance(run, dict) else run[0]
+        for name in ("params", "stats")
+        for run in values["verification"][name]
+    )
+    assert str(error.value) == (
+        f"graph metadata with {2**26 + state} elements of reference inputs, "
+        f"expected at most {2**26}"
+    )

@@ -95,6 +95,15 @@ def test_damaged_entry_is_put_aside_and_the_others_survive(tmp_path, caplog):
     assert "is put aside as .bad" in caplog.text
 
 
+def test_a_file_that_is_no_entry_is_left_alone(tmp_path):
+    stranger = tmp_path / "1x.entry"
+    stranger.write_bytes(b"")
+    outbox = Outbox(tmp_path, 100)
+    outbox.put(Kind.RESULT, "r1", b"one")
+    assert names(Outbox(tmp_path, 100)) == ["r1"]
+    assert stranger.exists()
+
+
 @pytest.mark.parametrize("name", ["", "n" * 301])
 def test_names_have_a_length(tmp_path, name):
     with pytest.raises(WireError, match=f"^outbox name of {len(name)} characters, expected 1..300"):
