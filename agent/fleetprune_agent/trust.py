@@ -368,3 +368,7 @@ def _tuf_errors(now: datetime) -> Iterator[None]:
         raise TrustError(f"release repository: {' '.join(str(e).split())}{hint}") from e
     except tuf_errors.DownloadError as e:
         raise TransportError(f"release repository: {e}") from e
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as e:
+        # python-tuf trusts the types of some fields, such as the name of a delegated role
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise TrustError(f"release repository: malformed metadata: {reason}") from e

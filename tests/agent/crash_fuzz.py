@@ -200,7 +200,7 @@ class Fleet:
     def publish(self) -> None:
         """A new release, or the end of one."""
         kind = self.rng.choices(
-            ("sound", "delta", "fails", "kills", "later", "abort"), (8, 3, 2, 1, 1, 3)
+            ("sound", "delta", "fails", "deadly", "later", "abort"), (8, 3, 2, 1, 1, 3)
         )[0]
         if kind == "abort" and len(self.good) < 2:
             kind = "sound"
@@ -220,8 +220,8 @@ class Fleet:
             raises_on_large_input(number) if kind == "later" else gemm(number, padding=PADDING),
             samples=golden(number + 1) if kind == "fails" else None,
             delta=kind == "delta" and number > 1,
-            sound=kind not in ("fails", "kills"),
-            licence=KILLS_WHO_TRIES if kind == "kills" else "",
+            sound=kind not in ("fails", "deadly"),
+            licence=KILLS_WHO_TRIES if kind == "deadly" else "",
         )
 
     def add(

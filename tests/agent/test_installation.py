@@ -452,7 +452,7 @@ def test_no_verdict_no_count(device):
 def test_a_full_disk_after_the_switch_undoes_nothing(device, monkeypatch):
     """The journal is behind; the slots and what is said of them are not."""
 
-    def full(path: Path, _message, *, sync: bool) -> None:
+    def full(path: Path, _message) -> None:
         raise InstallError(f"disk full: cannot write {path}, 0 bytes free")
 
     device.get(1)

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -64,13 +65,18 @@ class Case:
 
 
 def failures(
-    case: Case, record: Record, scratch: Path, verdicts: dict[object, str], first: int = 0
+    case: Case,
+    record: Record,
+    scratch: Path,
+    verdicts: dict[object, str],
+    first: int = 0,
+    most: int = MOST,
 ) -> Iterator[str]:
     """What goes wrong, and in which state, after at least `first` operations.
 
     `verdicts` remembers states that were looked at.
     """
-    for cut in power_cuts(record, most=MOST):
+    for cut in power_cuts(record, most=most):
         if cut.after < first:
             continue
         key = (cut.promises, tuple(sorted((n, hash(c)) for n, c in cut.tree.items())))
@@ -453,3 +459,64 @@ def test_a_code_without_fsync_is_found(folder, monkeypatch):
     record = record_of(case, folder / "disk")
     found = next(failures(case, record, folder / "scratch", {}), "")
     assert found.endswith("release None runs, expected one of {1}")
+
+
+class _Killed(BaseException):
+    """Comes out of every operation from the chosen one on, so that nothing is tidied up."""
+
+
+@contextmanager
+def killed_at(operation: int) -> Iterator[None]:
+    """The process ends before that operation on the disk, and the disk keeps what it has."""
+    names = ("fsync", "replace", "unlink", "mkdir")
+    real = {name: getattr(os, name) for name in names}
+    left = count(-operation)
+
+    def guarded(name: str) -> Callable[..., object]:
+        def call(*args, **kwargs):
+            if next(left) >= 0:
+                raise _Killed
+            return real[name](*args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(os, name, guarded(name))
+    try:
+        yield
+    except _Killed:
+        pass
+    finally:
+        for name, call in real.items():
+            setattr(os, name, call)
+
+
+def after_a_kill(case: Case, operation: int) -> Case:
+    """The work is begun, killed, and done again: what the first try left may be unsynced."""
+
+    def work(disk: Path, record: Record) -> None:
+        marks = len(record.events)
+        with killed_at(operation):
+            case.work(disk, record)
+        record.look()
+        record.events[marks:] = [e for e in record.events[marks:] if e.kind != "mark"]
+        case.work(disk, record)
+
+    return Case(work, case.check, case.before)
+
+
+STEP = int(os.environ.get("KILLS_BEFORE_CUTS", "1" if MOST > 20 else "45"))
+"""Operations between two kills that are tried."""
+
+
+@pytest.mark.timeout(max(120, 100 * MOST))
+@pytest.mark.parametrize("name", ["first installation", "installation", "delta", "metadata"])
+def test_a_kill_and_then_a_power_cut(folder, name):
+    """What a killed process did not sync, the next one must not take for done."""
+    states: dict[object, str] = {}
+    for operation in range(STEP // 2, 90, STEP):
+        case = after_a_kill(CASES[name](), operation)
+        record = record_of(case, folder / f"disk{operation}")
+        found = list(failures(case, record, folder / "scratch", states, most=2))
+        assert found == [], f"killed before operation {operation}"
+    print(f"{name}: {len(states)} states")

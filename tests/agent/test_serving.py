@@ -189,7 +189,7 @@ def test_a_full_disk_costs_no_answer(device, monkeypatch):
     device.slots.commit()
     device.install(2, model=raises_on_large_input(2), samples=_golden_for(None, 2))
 
-    def full(path: Path, data: bytes, *, sync: bool) -> None:
+    def full(path: Path, data: bytes) -> None:
         raise InstallError(f"disk full: cannot write {path}, 0 bytes free")
 
     with monkeypatch.context() as patch:

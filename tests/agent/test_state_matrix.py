@@ -27,7 +27,7 @@ BREAKS = {
         "AssertionError",
     ),
     "a slot that is in use": (
-        "Slots._idle = lambda self, active: 'a'; cell(Phase.DOWNLOADING, 'killed', sound)",
+        "Slots._idle = lambda self, active: 'a'; cell(Phase.VERIFYING, 'killed', sound)",
         "NO MODEL",
     ),
     "a failure that is forgotten": (
