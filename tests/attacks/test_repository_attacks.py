@@ -438,9 +438,9 @@ def test_every_attack_leaves_the_device_able_to_go_on(trusted, repository, clock
 
 def test_a_delegated_role_whose_name_is_a_number(trusted, repository, monkeypatch):
     """python-tuf would raise a TypeError; what a stolen key signs must not end the agent."""
+    repository.bump()
     plain = repository.targets.to_dict()
     plain["delegations"]["roles"][-1]["name"] = 1
     monkeypatch.setattr(repository.targets, "to_dict", lambda: plain)
-    repository.bump()
     with pytest.raises(TrustError, match=r"^release repository: malformed metadata: TypeError: "):
         trusted.describe("graphs/a.onnx")
