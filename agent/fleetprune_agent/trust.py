@@ -15,6 +15,7 @@ A device whose clock runs behind cannot notice a freeze; one whose clock runs ah
 releases and keeps the model it has, since serving never asks the time.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from fleetprune.rollout import Rollout, rollout_path
 
 _OTHER_ROOT = " that this device's root of trust names: is it the root.json of this fleet?"
 MAX_DOCUMENT = MAX_MESSAGE // 2  # bytes; a slot's record holds a manifest and must fit a message
+_ROLLOUTS = "rollouts"
 M = TypeVar("M", Manifest, Rollout)
 
 
@@ -174,6 +176,22 @@ class TrustedRepository:
         """
         self._dir, self._root, self._source, self._now = trust_dir, root, source, now
         self._updater: Updater | None = None
+
+    @property
+    def origin(self) -> str:
+        """Digest of the pinned root and of the keys that count for rollouts.
+
+        Serials of rollouts are counted for each: those of another fleet say nothing here, nor do
+        those of a key that was taken out of service, which may have used them up.
+        """
+        if self._updater is None:
+            self.refresh()
+        delegations = None
+        if self._updater is not None:
+            delegations = self._updater._trusted_set.targets.delegations
+        roles = {} if delegations is None else delegations.roles or {}
+        keys = sorted(roles[_ROLLOUTS].keyids) if _ROLLOUTS in roles else []
+        return hashlib.sha256(b"\n".join([self._root, *(k.encode() for k in keys)])).hexdigest()
 
     def refresh(self) -> None:
         """Fetch and verify the newest metadata.

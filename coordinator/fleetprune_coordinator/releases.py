@@ -103,6 +103,12 @@ class ReleaseRepository:
             release = 0 if rollout is None else rollout.candidate or rollout.stable
         return self._manifest(state, device_class, release)
 
+    def manifests(self) -> list[Manifest]:
+        """Of all signed releases, by class and number."""
+        state = self.signed.load()
+        found = (self._manifest(state, *of) for of in sorted(set(_releases(state).values())))
+        return [manifest for manifest in found if manifest is not None]
+
     def publish_graph(self, onnx: bytes) -> GraphRef:
         """Publish a graph under its own hash; does nothing if it is already there."""
         digest = hashlib.sha256(onnx).hexdigest()
