@@ -181,10 +181,17 @@ def write_key(path: Path, phrase: bytes | None = None) -> CryptoSigner:
     return signer
 
 
-def add_key(folder: Path, role: str, phrase: bytes | None = None) -> CryptoSigner:
-    """Make one more key of a role in a repository's `keys/`."""
-    taken = [path.stem.rpartition("-")[2] for path in (folder / KEYS).glob(f"{role}-*.pem")]
-    number = max((int(n) for n in taken if n.isdecimal()), default=0) + 1
+def add_key(folder: Path, role: str, number: int, phrase: bytes | None = None) -> CryptoSigner:
+    """Make one more key of a role in a repository's `keys/`.
+
+    Args:
+        folder: The repository.
+        role: Its role.
+        number: At least this one in its file's name: lower ones may be in use elsewhere.
+        phrase: Its passphrase.
+    """
+    while (folder / KEYS / f"{role}-{number}.pem").exists():
+        number += 1
     signer = CryptoSigner.generate_ed25519()
     write_atomic(folder / KEYS / f"{role}-{number}.pem", encoded(signer, phrase), mode=0o600)
     return signer

@@ -66,7 +66,9 @@ def rotate(
         require_free(folder.folder, {Targets.type} if role in DELEGATED else touched)
         if add is None:
             phrase = folder.passphrase(folder.folder / "keys" / f"{role}.pem")
-            add = add_key(folder.folder, role, phrase).public_key
+            of = state.documents[Targets.type if role in DELEGATED else Root.type].signed
+            number = len(state.key_ids(role)) + of.version  # rises with every key replaced
+            add = add_key(folder.folder, role, number, phrase).public_key
             folder.keys = load_keys(folder.folder, folder.passphrase)
         about = About(
             reason=f"another key for role {role}",
