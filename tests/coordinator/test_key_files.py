@@ -70,7 +70,7 @@ def test_a_repository_with_encrypted_keys(tmp_path, phrase, monkeypatch):
     start, _, end = str(e.value).partition("expected one of: ")
     assert start == "no private key of role snapshot in keys/, "
     assert end[8:] == (
-        "; graphs-1.pem, rollouts-1.pem, root-1.pem, snapshot-2.pem, targets-1.pem, "
+        f"; graphs-1.pem, rollouts-1.pem, root-1.pem, {made.name}, targets-1.pem, "
         "timestamp-1.pem are encrypted: name a file with the passphrase in "
         "FLEETPRUNE_PASSPHRASE_FILE"
     )

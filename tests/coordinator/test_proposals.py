@@ -265,5 +265,5 @@ def test_a_change_of_keys_shows_which(fleet):
     assert waiting.about.resign == ("rollouts",)
     waiting.sign(fleet.key("targets-2"))
     fleet.repository.publish_pending(waiting.folder)
-    assert fleet.repository.signed.load().key_ids("rollouts") == [done.added]
+    assert fleet.repository.signed.load().key_ids("rollouts") == list(done.added)
     assert fleet.stable(fleet.device()) == 1

@@ -225,7 +225,6 @@ def test_a_person_sees_what_is_signed_and_is_asked(waiting, tmp_path):
     refused = desk.call(*words, given="n\n", config=False)
     assert refused.exit_code == 1
     assert desk.repository().pending()[0].lacks() != []
-    sha = "d9ed43dc1ac8bdd7a0d8b1ccb0b0bb2a0c5f9d7e0e0a0f6f6c3a0a4c1b2d3e4f"
     (data,) = desk.told("list")["pending"]
     sha = data["releases"][0]["sha256"]
     for line in (
@@ -272,7 +271,7 @@ def test_rotate_and_renew(released, tmp_path):
     assert "another key for role snapshot waits for signatures in " in shown
     words = ("sign", data["pending"], "--key", str(tmp_path / "root-1.pem"), "--yes")
     signed = released.call(*words, config=False)
-    assert f"  role snapshot: 1 of {data['retired'][:8]} -> 1 of {data['added'][:8]}" in (
+    assert f"  role snapshot: 1 of {data['retired'][0][:8]} -> 1 of {data['added'][0][:8]}" in (
         signed.stdout.splitlines()
     )
     assert released.call("publish").exit_code == 0
@@ -280,14 +279,14 @@ def test_rotate_and_renew(released, tmp_path):
 
 
 def test_a_key_made_elsewhere(released, tmp_path, monkeypatch):
-    made = released.told("new-key", str(tmp_path / "k.pem"), "--no-encrypt", config=False)
+    made = released.told("keygen", str(tmp_path / "k.pem"), "--no-encrypt", config=False)
     assert made["public"] == f"{tmp_path}/k.pem.pub"
     data = released.told("rotate", "root", "--add", made["public"])
-    assert data["added"] == made["key"]
+    assert data["added"] == [made["key"]]
     released.call("sign", data["pending"], "--key", made["private"], "--yes", config=False)
     assert released.call("publish").exit_code == 0
     monkeypatch.delenv("FLEETPRUNE_PASSPHRASE_FILE", raising=False)
-    done = released.call("new-key", str(tmp_path / "l.pem"), config=False)
+    done = released.call("keygen", str(tmp_path / "l.pem"), config=False)
     assert str(done.exception) == (
         "no passphrase: name a file that holds one in FLEETPRUNE_PASSPHRASE_FILE"
     )

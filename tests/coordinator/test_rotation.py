@@ -33,10 +33,10 @@ def test_a_key_is_replaced_and_the_fleet_goes_on(fleet, role):
     assert fleet.stable(device) == 1
     (before,) = fleet.repository.signed.load().key_ids(role)
     done = rotate(fleet.repository, role)
-    assert (done.role, done.retired, done.pending) == (role, before, None)
-    assert fleet.repository.signed.load().key_ids(role) == [done.added]
+    assert (done.role, done.retired, done.pending) == (role, (before,), None)
+    assert fleet.repository.signed.load().key_ids(role) == list(done.added)
     (left,) = [name for name in keys_here(fleet) if name.startswith(role)]
-    assert left != f"{role}-1.pem"
+    assert left == f"{role}-{done.added[0][:8]}.pem"
     assert fleet.stable(device) == fleet.stable(fleet.device("new")) == 1
     fleet.open().publish_graph(b"graph")
     fleet.repository.publish_graph(b"another")  # was open before: reads the keys anew
@@ -109,12 +109,15 @@ def test_one_of_several_keys_is_revoked(tmp_path):
         rotate(fleet.repository, "targets")
     assert str(e.value) == f"role targets has 3 keys: say which to revoke of {names}"
     with pytest.raises(ConfigError) as e:
-        rotate(fleet.repository, "targets", revoke="xy")
-    assert str(e.value) == f"no key of role targets begin with xy, expected one of: {names}"
-    done = rotate(fleet.repository, "targets", revoke=ids[0][:12])
-    assert done.retired == ids[0]
+        rotate(fleet.repository, "targets", revoke=["xy"])
+    assert (
+        str(e.value)
+        == f"no key of role targets with an id that begins with xy, expected one of: {names}"
+    )
+    done = rotate(fleet.repository, "targets", revoke=[ids[0][:12]])
+    assert done.retired == (ids[0],)
     now = fleet.repository.signed.load()
-    assert sorted(now.key_ids("targets")) == sorted([*ids[1:], done.added])
+    assert sorted(now.key_ids("targets")) == sorted([*ids[1:], *done.added])
     assert now.authority("targets").threshold == 2
     assert fleet.stable(device) == 1
 
@@ -122,8 +125,8 @@ def test_one_of_several_keys_is_revoked(tmp_path):
 def test_a_key_made_elsewhere_is_added_by_its_public_half(fleet):
     signer = write_key(fleet.elsewhere / "new.pem")
     public = load_public_key(fleet.elsewhere / "new.pem.pub")
-    done = rotate(fleet.repository, "targets", add=public)
-    assert done.added == signer.public_key.keyid
+    done = rotate(fleet.repository, "targets", add=[public])
+    assert done.added == (signer.public_key.keyid,)
     assert done.pending is not None, "targets.json needs the new key's signature"
     assert "targets-1.pem" in keys_here(fleet), "until it is published"
     (proposal,) = fleet.repository.pending()
@@ -140,7 +143,7 @@ def test_root_keys_of_before_and_after_must_sign(tmp_path):
     fleet.stable(device)
     fleet.take_away("root-1", "root-2")
     old = fleet.key("root-1").public_key.keyid
-    done = rotate(fleet.repository, "root", revoke=old)
+    done = rotate(fleet.repository, "root", revoke=[old])
     (proposal,) = fleet.repository.pending()
     by = [(lack.by, lack.missing) for lack in proposal.lacks()]
     assert by == [("the root keys of today", 2), ("the new root keys", 1)]
@@ -151,7 +154,26 @@ def test_root_keys_of_before_and_after_must_sign(tmp_path):
     proposal.sign(fleet.key("root-1"))
     fleet.repository.publish_pending(proposal.folder)
     assert fleet.stable(device) == 1
-    assert done.added in fleet.repository.signed.load().key_ids("root")
+    assert set(done.added) <= set(fleet.repository.signed.load().key_ids("root"))
+
+
+def test_more_targets_keys_are_lost_than_can_be_spared(tmp_path):
+    """Two of three must sign and one is left: the root keys put others in their place."""
+    fleet = Fleet(tmp_path, TWO_OF_THREE)
+    fleet.release(1)
+    device = fleet.device()
+    fleet.stable(device)
+    ids = fleet.repository.signed.load().key_ids("targets")
+    for n in (1, 2, 3):
+        if fleet.key(f"targets-{n}").public_key.keyid in ids[:2]:
+            (fleet.folder / "keys" / f"targets-{n}.pem").unlink()
+    public = [load_public_key(tmp_path / f"{n}.pub") for n in "a" if write_key(tmp_path / "a")]
+    with pytest.raises(ConfigError, match=r"^1 keys to add, expected 2: one for each$"):
+        rotate(fleet.repository, "targets", revoke=ids[:2], add=public)
+    done = rotate(fleet.repository, "targets", revoke=ids[:2])
+    assert (done.retired, len(done.added), done.pending) == (tuple(ids[:2]), 2, None)
+    fleet.release(2)
+    assert fleet.stable(device) == 2
 
 
 def test_only_one_change_of_the_same_metadata_waits(tmp_path):
