@@ -44,6 +44,7 @@ from fleetprune.rollout import Rollout, rollout_path
 
 _OTHER_ROOT = " that this device's root of trust names: is it the root.json of this fleet?"
 MAX_DOCUMENT = MAX_MESSAGE // 2  # bytes; a slot's record holds a manifest and must fit a message
+_ROLLOUTS = "rollouts"
 M = TypeVar("M", Manifest, Rollout)
 
 
@@ -178,8 +179,19 @@ class TrustedRepository:
 
     @property
     def origin(self) -> str:
-        """SHA-256 of the pinned root: serials of another fleet's rollouts say nothing here."""
-        return hashlib.sha256(self._root).hexdigest()
+        """Digest of the pinned root and of the keys that count for rollouts.
+
+        Serials of rollouts are counted for each: those of another fleet say nothing here, nor do
+        those of a key that was taken out of service, which may have used them up.
+        """
+        if self._updater is None:
+            self.refresh()
+        delegations = None
+        if self._updater is not None:
+            delegations = self._updater._trusted_set.targets.delegations
+        roles = {} if delegations is None else delegations.roles or {}
+        keys = sorted(roles[_ROLLOUTS].keyids) if _ROLLOUTS in roles else []
+        return hashlib.sha256(b"\n".join([self._root, *(k.encode() for k in keys)])).hexdigest()
 
     def refresh(self) -> None:
         """Fetch and verify the newest metadata.

@@ -29,6 +29,7 @@ from fleetprune_coordinator.graph_library import GraphLibrary, StepOptions, fing
 from fleetprune_coordinator.grid_values import rounded_artifact
 from fleetprune_coordinator.initial_weights import frozen_parameters, load_initial
 from fleetprune_coordinator.int8 import Verdict, choose_file
+from fleetprune_coordinator.keys import RELEASES
 from fleetprune_coordinator.plan import Planner
 from fleetprune_coordinator.policy import Policy
 from fleetprune_coordinator.records import ReleaseRecord
@@ -44,8 +45,6 @@ from fleetprune_coordinator.time_round import TimeRound
 log = logging.getLogger(__name__)
 
 GOLDEN_SAMPLES = 8  # enough to notice a wrong graph or a wrong kernel; a few hundred bytes each
-RELEASES = "releases"
-"""Folder of the release repository below the state folder."""
 
 
 @dataclass(frozen=True)

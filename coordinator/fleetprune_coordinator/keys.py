@@ -1,6 +1,6 @@
 """Making a release repository: its keys and the first signed metadata.
 
-    folder/keys/<role>-<n>.pem       private keys, mode 0600 in a folder of mode 0700
+    folder/keys/<role>-*.pem         private keys, mode 0600 in a folder of mode 0700
     folder/public/metadata/          what devices read: 1.root.json, N.targets.json, ...
     folder/public/targets/           the files themselves
 
@@ -28,7 +28,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # tuf re-exports w
 
 from fleetprune.errors import ConfigError
 from fleetprune.files import storage_errors, sync_folder, write_atomic
-from fleetprune_coordinator.key_files import KEYS
+from fleetprune_coordinator.key_files import KEYS, encoded
 from fleetprune_coordinator.roles import (
     DELEGATED,
     ROLES,
@@ -39,6 +39,8 @@ from fleetprune_coordinator.roles import (
     meta_file,
 )
 
+RELEASES = "releases"
+"""Folder of the release repository below a fleet's state folder."""
 MAX_KEYS = 16  # per role; every signature costs a device 8 ms
 Signers = Mapping[str, Sequence[CryptoSigner]]
 
@@ -82,7 +84,11 @@ def sign(signed: Payload, signers: Sequence[CryptoSigner]) -> bytes:
 
 
 def init_repository(
-    folder: Path, now: datetime, expiry: Expiry | None = None, keys: KeyPlan | None = None
+    folder: Path,
+    now: datetime,
+    expiry: Expiry | None = None,
+    keys: KeyPlan | None = None,
+    passphrase: bytes | None = None,
 ) -> None:
     """Make a release repository: keys and signed, empty metadata.
 
@@ -94,6 +100,7 @@ def init_repository(
         now: UTC; lives of the metadata count from here.
         expiry: Lives; the default of each role where None.
         keys: How many keys; one of each where None.
+        passphrase: Of the private keys' files; None: they are not encrypted.
 
     Raises:
         ConfigError: `folder` already holds something, or a threshold cannot be met.
@@ -110,7 +117,7 @@ def init_repository(
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            _fill(staging, now, expiry or Expiry(), keys)
+            _fill(staging, now, expiry or Expiry(), keys, passphrase)
             staging.chmod(0o755)
             staging.rename(folder)
             sync_folder(folder.parent)
@@ -118,7 +125,9 @@ def init_repository(
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _fill(folder: Path, now: datetime, expiry: Expiry, plan: KeyPlan) -> None:
+def _fill(
+    folder: Path, now: datetime, expiry: Expiry, plan: KeyPlan, passphrase: bytes | None
+) -> None:
     keys, public = folder / KEYS, folder / "public"
     keys.mkdir(mode=0o700)
     (public / "metadata").mkdir(parents=True)
@@ -128,7 +137,7 @@ def _fill(folder: Path, now: datetime, expiry: Expiry, plan: KeyPlan) -> None:
     }
     for role, of_role in signers.items():
         for number, signer in enumerate(of_role, start=1):
-            write_atomic(keys / f"{role}-{number}.pem", signer.private_bytes, mode=0o600)
+            write_atomic(keys / f"{role}-{number}.pem", encoded(signer, passphrase), mode=0o600)
     for name, data in _first_metadata(signers, plan, now, expiry).items():
         write_atomic(public / "metadata" / name, data)
     for path in (public, folder):
