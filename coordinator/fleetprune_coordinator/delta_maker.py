@@ -17,13 +17,11 @@ from fleetprune.delta import (
     PLANES,
     VERSION,
     Axes,
-    Kind,
-    Tensor,
     apply,
     default_map,
     predict,
-    remainder,
 )
+from fleetprune.delta_tensors import Kind, Tensor, remainder
 from fleetprune.errors import GraphError, WireError
 from fleetprune_coordinator.tensor_places import Place, places
 from fleetprune_coordinator.unit_match import match_units

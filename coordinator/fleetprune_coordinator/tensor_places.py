@@ -10,7 +10,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from fleetprune.delta import Kind, Side
+from fleetprune.delta_tensors import Kind, Side
 from fleetprune.packed_weights import Form
 from fleetprune_coordinator.integer_kernels import OUT_OF
 

@@ -24,7 +24,8 @@ def match_units(before: NDArray[Any], after: NDArray[Any]) -> tuple[Map, Map]:
     """Find a weight's units in an older weight.
 
     Outputs are told by their weights to the inputs that are known by then, then inputs likewise,
-    in turn; at first inputs are taken to be where they were, as most are after a new mask.
+    in turn; at first inputs are taken to be where they were, as most are after a new mask. The
+    same is tried the other way round, and what explains more of the newer weight is taken.
 
     Args:
         before: (o, i, k) the older weight.
@@ -34,14 +35,32 @@ def match_units(before: NDArray[Any], after: NDArray[Any]) -> tuple[Map, Map]:
         (o',) and (i',) places in `before`, -1 where a unit is new.
     """
     old, new = before.astype(np.float32), after.astype(np.float32)
-    outputs, inputs = (default_map(new.shape[a], old.shape[a]) for a in (0, 1))
-    for _ in range(_ROUNDS):
-        last = outputs, inputs
-        outputs = _match(old, new, outputs, inputs)
-        inputs = _match(old.swapaxes(0, 1), new.swapaxes(0, 1), inputs, outputs)
-        if np.array_equal(last[0], outputs) and np.array_equal(last[1], inputs):
-            break
+    turned = old.swapaxes(0, 1), new.swapaxes(0, 1)
+    outputs, inputs = _in_turn(old, new)
+    others = _in_turn(*turned)[::-1]
+    if _left(old, new, *others) < _left(old, new, outputs, inputs):
+        return others
     return outputs, inputs
+
+
+def _in_turn(old: NDArray[np.float32], new: NDArray[np.float32]) -> tuple[Map, Map]:
+    """Both axes' units, those of the first axis first."""
+    first, second = (default_map(new.shape[a], old.shape[a]) for a in (0, 1))
+    for _ in range(_ROUNDS):
+        last = first, second
+        first = _match(old, new, first, second)
+        second = _match(old.swapaxes(0, 1), new.swapaxes(0, 1), second, first)
+        if np.array_equal(last[0], first) and np.array_equal(last[1], second):
+            break
+    return first, second
+
+
+def _left(old: NDArray[np.float32], new: NDArray[np.float32], outputs: Map, inputs: Map) -> float:
+    """Sum of squares that remain of a weight."""
+    rows, columns = outputs >= 0, inputs >= 0
+    left = new.copy()
+    left[np.ix_(rows, columns)] -= old[np.ix_(outputs[rows], inputs[columns])]
+    return float((left.astype(np.float64) ** 2).sum())
 
 
 def _match(old: NDArray[np.float32], new: NDArray[np.float32], units: Map, others: Map) -> Map:

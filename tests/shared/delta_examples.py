@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fleetprune.deflate import deflate
-from fleetprune.delta import HEAD, LZMA, MAGIC, NO_UNIT, PLANES, VERSION, Kind, Side, Tensor
+from fleetprune.delta import HEAD, LZMA, MAGIC, NO_UNIT, PLANES, VERSION
+from fleetprune.delta_tensors import Kind, Side, Tensor
 from fleetprune.packed_weights import Form
 
 

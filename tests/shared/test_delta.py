@@ -7,17 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetprune.delta import (
-    HEAD,
-    MAX_SPREAD,
-    NO_UNIT,
-    Hole,
-    Kind,
-    Side,
-    Tensor,
-    apply,
-    sorted_apart,
-)
+from fleetprune.delta import HEAD, MAX_SPREAD, NO_UNIT, apply
+from fleetprune.delta_tensors import Hole, Kind, Side, Tensor, sorted_apart
 from fleetprune.errors import HostileInputError, WireError
 from fleetprune.packed_weights import Form
 from tests.shared.delta_examples import (

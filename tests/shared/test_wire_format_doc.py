@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fleetprune import delta, frame, update, values
+from fleetprune import delta, delta_tensors, frame, update, values
 from fleetprune.delta import apply
 from fleetprune.frame import decode_frame, encode_frame
 from fleetprune.messages import Codec
@@ -66,12 +66,12 @@ def test_the_delta_is_read_on_every_machine():
 
 def test_what_the_text_says_of_deltas_is_so():
     text = section("Delta")
-    assert f"two sides of {delta.SIDE.size} bytes" in text
+    assert f"two sides of {delta_tensors.SIDE.size} bytes" in text
     assert f"at most {delta.MAX_SPREAD} numbers per byte" in text
     assert f"zigzag (0, -1, 1, -2, ...) of {delta.PLANES} bytes" in text
-    kinds = ", ".join(f"{kind.value} {kind.name.lower()}" for kind in delta.Kind)
+    kinds = ", ".join(f"{kind.value} {kind.name.lower()}" for kind in delta_tensors.Kind)
     assert f"(a byte: {kinds})" in text
-    forms = ", ".join(f"{form.value} {form.name.lower()}" for form in delta.Form)
+    forms = ", ".join(f"{form.value} {form.name.lower()}" for form in delta_tensors.Form)
     assert f"form ({forms})" in text
 
 
