@@ -320,7 +320,11 @@ class TrustedRepository:
         if self._updater is None:
             raise TrustError("the release repository could not be verified")
         with storage_errors("store metadata in", self._dir), _tuf_errors(self._now()):
-            return self._updater.get_targetinfo(path)
+            try:
+                return self._updater.get_targetinfo(path)
+            except tuf_errors.DownloadHTTPError:  # a delegated role was signed anew meanwhile
+                self.refresh()
+                return self._updater.get_targetinfo(path)
 
 
 def _require_class(path: str, got: str, ours: str) -> None:

@@ -70,6 +70,18 @@ def test_the_first_question_refreshes(trusted, repository):
     assert trusted.manifest("phone", 1) == published
 
 
+def test_a_role_that_was_signed_anew_since_the_last_refresh_is_looked_for_once_more(
+    trusted, repository
+):
+    """Old versions are gone from the source; the graphs of a new round come like that."""
+    repository.add("graphs/a.onnx", b"a")
+    repository.bump()
+    trusted.refresh()
+    repository.add("graphs/b.onnx", b"b")
+    repository.bump()
+    assert trusted.describe("graphs/b.onnx").size == 1
+
+
 def test_names_asked_for_are_plain_and_few(trusted, repository):
     published = repository.release(1)
     trusted.refresh()
