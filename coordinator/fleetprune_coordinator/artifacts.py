@@ -99,8 +99,7 @@ def without_zeros(made: Artifact, pattern: Pattern) -> Artifact:
         GraphError: The file computes something else.
     """
     onnx = pack(made.onnx, pattern)
-    with np.load(io.BytesIO(made.golden)) as samples:
-        x = samples["x"]
+    x = golden_inputs(made.golden)
     apart = float(np.abs(predict(onnx, x) - predict(made.onnx, x)).max())
     if not apart <= UNPACKED_TOLERANCE:
         raise GraphError(f"the file without zeros differs by {apart:.2g} from the one with them")
@@ -112,6 +111,13 @@ def golden(x: NDArray[np.float32], y: NDArray[np.floating]) -> bytes:
     out = io.BytesIO()
     np.savez(out, x=x, y=y.astype(np.float32))
     return out.getvalue()
+
+
+def golden_inputs(file: bytes) -> NDArray[np.float32]:
+    """The inputs (n, ...) in a file of golden samples."""
+    with np.load(io.BytesIO(file)) as samples:
+        x: NDArray[np.float32] = samples["x"]
+    return x
 
 
 def predict(

@@ -308,6 +308,16 @@ class ClassConfig(Section):
         )
 
 
+class ReleaseConfig(Section):
+    """What comes with a release."""
+
+    deltas: bool = True
+    """Round weights so little that it does not matter and that the next release is a small file for
+    devices that have this one; and make these files."""
+    licence: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9 .+()-]{0,64}$")] = ""
+    """Of the models, an SPDX expression."""
+
+
 class FleetConfig(Section):
     """All of `fleet.toml`."""
 
@@ -321,6 +331,7 @@ class FleetConfig(Section):
     schedule: Schedule = Field(default_factory=Schedule)
     """Cuts at once unless it says otherwise."""
     pruning: PruningConfig = Field(default_factory=PruningConfig)
+    release: ReleaseConfig = Field(default_factory=ReleaseConfig)
     classes: dict[Name, ClassConfig] = Field(min_length=1)
     simulation: dict[str, Any] = Field(default_factory=dict)
     """For `fleetprune simulate` alone, which checks it."""

@@ -26,12 +26,14 @@ from fleetprune_coordinator.config import FleetConfig
 from fleetprune_coordinator.describe import counted, describe
 from fleetprune_coordinator.events import EventLog
 from fleetprune_coordinator.graph_library import GraphLibrary, StepOptions, fingerprint
+from fleetprune_coordinator.grid_values import rounded_artifact
 from fleetprune_coordinator.initial_weights import frozen_parameters, load_initial
 from fleetprune_coordinator.int8 import Verdict, choose_file
 from fleetprune_coordinator.plan import Planner
 from fleetprune_coordinator.policy import Policy
 from fleetprune_coordinator.records import ReleaseRecord
 from fleetprune_coordinator.registry import Registry
+from fleetprune_coordinator.release_deltas import deltas_to
 from fleetprune_coordinator.releases import ReleaseContent, ReleaseRepository
 from fleetprune_coordinator.resize import read
 from fleetprune_coordinator.rounds import Rounds
@@ -218,6 +220,8 @@ class Coordinator:
                 fits=lambda made: self.planner.budgets[name].meets(packed(made).costs),
                 unranged="" if ranges is not None else self.rounds.why_unranged(name),
             )
+        if self.config.release.deltas and not built.int8:
+            built = rounded_artifact(built, self._golden() if self.test is None else self.test.x)
         built = packed(built)
         try:
             self.planner.check(name, built.costs)
@@ -258,6 +262,7 @@ class Coordinator:
             name: ReleaseContent(
                 onnx=artifact.onnx,
                 golden=artifact.golden,
+                deltas=self._deltas(name, artifact),
                 input_shape=config.model.input_shape,
                 tolerance=artifact.tolerance,
                 max_latency_ms=config.classes[name].latency_ms,
@@ -267,12 +272,19 @@ class Coordinator:
                 accuracy=self.accuracy(artifact),
                 round=config.training.rounds,
                 mask_version=self.rounds.model.mask_version,
+                licence=config.release.licence,
             )
             for name, artifact in artifacts.items()
         }
         self._check_stop()
         number = self.repository.latest_release() + 1
         return self.repository.publish_release(number, contents, to_all=True)
+
+    def _deltas(self, name: str, artifact: Artifact) -> tuple[tuple[str, bytes], ...]:
+        self._check_stop()
+        if not self.config.release.deltas:
+            return ()
+        return deltas_to(self.repository, name, artifact.onnx)
 
     def _note(
         self, manifests: Mapping[str, Manifest], verdicts: Mapping[str, Verdict | None]

@@ -12,9 +12,10 @@ Weights use 7 of their 8 bits. x86 processors without VNNI add products of two b
 With 7 bits every processor's sums are exact, and only their rounding differs.
 """
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -33,6 +34,7 @@ from fleetprune_coordinator.integer_kernels import (
     OUT_OF,
     PRODUCTS,
     VIEWS,
+    WEIGHTED,
     Choice,
     choose,
     integers,
@@ -44,6 +46,8 @@ CONVOLUTION_SCALES: Final = 8
 """Bytes per output channel beside weights and bias: the weights' scale and the bias's."""
 LINEAR_SCALES: Final = 13
 """As above, and zero points, without which onnxruntime has no integer kernel: 1 and 4 bytes."""
+SCALE_BITS: Final = 8
+"""Significant bits of a scale: it is at most a 128th larger than it had to be."""
 PIECES: Final = VIEWS | {"Split", "Slice"}
 """What makes of a weight another tensor with the same numbers, or some of them."""
 
@@ -96,7 +100,7 @@ def quantise(model: bytes, ranges: NDArray[np.float32]) -> bytes:
         nodes_to_quantize=[node.name for node in chosen],
         nodes_to_exclude=[],
         op_types_to_quantize=sorted({node.op_type for node in chosen}),
-        extra_options={},
+        extra_options={"TensorQuantOverrides": _weight_ranges(graph, chosen)},
     )
     quantiser.quantize_model()
     quantiser.model.topological_sort()
@@ -105,6 +109,34 @@ def quantise(model: bytes, ranges: NDArray[np.float32]) -> bytes:
     _shorten(quantised.graph, x, y)
     data: bytes = quantised.SerializeToString(deterministic=True)
     return data
+
+
+def _short(value: float) -> float:
+    """The least number of `SCALE_BITS` significant bits that is not below a value from 0 up.
+
+    Scales made of it seldom change from one release to the next, and with them stay most of the
+    numbers that were divided by them: deltas between releases (`fleetprune.delta`) are small.
+    """
+    unit = math.frexp(value)[1] - SCALE_BITS
+    return math.ldexp(math.ceil(math.ldexp(value, -unit)), unit)
+
+
+def _weight_ranges(
+    graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]
+) -> dict[str, list[dict[str, Any]]]:
+    """Per stored weight and output what the quantiser is to take for the largest number."""
+    constants = {t.name: t for t in graph.initializer}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for node in nodes:
+        tensor = constants.get(node.input[1]) if node.op_type in WEIGHTED else None
+        if tensor is None or len(tensor.dims) < 2:
+            continue
+        turned = any(a.name == "transB" and a.i for a in node.attribute)
+        axis = 0 if node.op_type == "Conv" or turned else 1
+        weight = np.moveaxis(np.abs(numpy_helper.to_array(tensor)), axis, 0)
+        tops = [_short(float(top)) for top in weight.reshape(len(weight), -1).max(axis=1)]
+        found[tensor.name] = [{"axis": axis, "rmin": -top, "rmax": top} for top in tops]
+    return found
 
 
 def no_ranges(model: bytes) -> NDArray[np.float32]:

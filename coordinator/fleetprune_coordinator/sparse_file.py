@@ -20,8 +20,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from fleetprune.packed_weights import blocks, marked, skipping
 from fleetprune.patterns import SINGLE, Pattern
-from fleetprune.weight_masks import LONGEST_GAP, decoder_bytes
+from fleetprune.weight_masks import decoder_bytes
 
 _INT32, _INT64 = onnx.TensorProto.INT32, onnx.TensorProto.INT64
 
@@ -98,29 +99,14 @@ def _shortest(array: NDArray[Any], pattern: Pattern) -> _Packed | None:
 
 
 def _forms(array: NDArray[Any], rows: int, columns: int) -> Iterator[_Packed]:
-    blocks = _blocks(array, rows, columns)
-    marks = np.asarray(blocks.any(axis=1), np.bool_)
-    stored = blocks[marks]
-    yield _Packed(rows, columns, marks, None, np.concatenate([np.zeros_like(blocks[:1]), stored]))
-    places = np.flatnonzero(marks)
-    gaps = np.diff(places, prepend=0)
-    between = np.maximum(gaps - 1, 0) // LONGEST_GAP
-    ends = np.cumsum(between + 1) - 1
-    skips = np.full(places.size + int(between.sum()), LONGEST_GAP, np.uint8)
-    skips[ends] = gaps - between * LONGEST_GAP
-    values = np.zeros((skips.size, blocks.shape[1]), blocks.dtype)
-    values[ends] = stored
-    yield _Packed(rows, columns, marks, skips, values)
-
-
-def _blocks(array: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:
-    """(blocks, weights of a block)."""
     if rows * columns == 1:
-        return array.reshape(-1, 1)
-    o, i, *rest = array.shape
-    parts = array.reshape(o // rows, rows, i // columns, columns, *rest)
-    order = (0, 2, *range(4, parts.ndim), 1, 3)
-    return np.ascontiguousarray(parts.transpose(order)).reshape(-1, rows * columns)
+        parts = array.reshape(-1, 1)
+    else:
+        parts = blocks(array.reshape(*array.shape[:2], -1), rows, columns)
+    marks = np.asarray(parts.any(axis=1), np.bool_)
+    yield _Packed(rows, columns, marks, None, marked(parts)[1])
+    skips, values = skipping(parts)
+    yield _Packed(rows, columns, marks, skips, values)
 
 
 class _Shared:
@@ -153,12 +139,12 @@ class _Unpacking:
         single = packed.rows * packed.columns == 1
         values = self._constant(packed.values[:, 0] if single else packed.values)
         if packed.skips is None:
-            blocks = self._op("Gather", values, self._rows_of_marks())
+            dense = self._op("Gather", values, self._rows_of_marks())
         else:
-            blocks = self._scattered(values, packed.skips, single=single)
+            dense = self._scattered(values, packed.skips, single=single)
         if not single:
-            blocks = self._in_place(blocks)
-        self._op("Reshape", blocks, self._ints(*self._array.shape), output=self._name)
+            dense = self._in_place(dense)
+        self._op("Reshape", dense, self._ints(*self._array.shape), output=self._name)
         return self._nodes
 
     def _rows_of_marks(self) -> str:
@@ -186,12 +172,10 @@ class _Unpacking:
         zeros = self._op("ConstantOfShape", self._ints(*shape), value=zero)
         return self._op("ScatterND", zeros, column, values)
 
-    def _in_place(self, blocks: str) -> str:
+    def _in_place(self, dense: str) -> str:
         o, i, *rest = self._array.shape
         rows, columns = self._packed.rows, self._packed.columns
-        grid = self._op(
-            "Reshape", blocks, self._ints(o // rows, i // columns, *rest, rows, columns)
-        )
+        grid = self._op("Reshape", dense, self._ints(o // rows, i // columns, *rest, rows, columns))
         n = len(rest)
         order = [0, n + 2, 1, n + 3, *range(2, n + 2)]
         return self._op("Transpose", grid, perm=order)

@@ -31,6 +31,9 @@ labels = ["a", "b", "c"]
 [pruning]
 channel_multiple = 4
 
+[release]
+deltas = false  # other formats hold the weights unrounded
+
 [classes.hub]
 
 [classes.meter]

@@ -1,6 +1,6 @@
 """Mutate valid encodings and check that nothing but `HostileInputError` escapes.
 
-`python tests/shared/fuzz_wire.py 60` runs for a minute; the seed of a failure is in its message.
+`python -m tests.shared.fuzz_wire 60` runs for a minute; the seed of a failure is in its message.
 """
 
 import struct
@@ -12,6 +12,7 @@ from functools import cache, partial
 
 import numpy as np
 
+from fleetprune.delta import apply
 from fleetprune.errors import HostileInputError
 from fleetprune.frame import decode_frame, encode_frame
 from fleetprune.messages import Codec, ResultHeader, TaskAck, TaskKind
@@ -20,6 +21,7 @@ from fleetprune.positions import decode_positions, encode_positions
 from fleetprune.result import decode_result, encode_result
 from fleetprune.update import SparseUpdate, decode_update
 from fleetprune.values import decode_values, encode_values
+from tests.shared import delta_examples as deltas
 
 Target = tuple[str, bytes, Callable[[bytes], object], bool]
 """A name, a valid encoding, its decoder, and whether the encoding ends in a CRC32."""
@@ -42,6 +44,8 @@ def targets() -> list[Target]:
             partial(decode_frame, kind="TEST"),
             True,
         ),
+        ("delta", deltas.DELTA, partial(apply, deltas.BASE, max_bytes=100), False),
+        ("sparse delta", deltas.SPARSE, partial(apply, deltas.MARKS_BASE, max_bytes=100), False),
     ]
     for codec in Codec:
         data = encode_values(values, codec, rng)

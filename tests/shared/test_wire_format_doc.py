@@ -5,13 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fleetprune import frame, update, values
+from fleetprune import delta, frame, update, values
+from fleetprune.delta import apply
 from fleetprune.frame import decode_frame, encode_frame
 from fleetprune.messages import Codec
 from fleetprune.positions import decode_positions, encode_positions
 from fleetprune.result import VECTORS
 from fleetprune.update import SparseUpdate, decode_update
 from fleetprune.values import decode_values, encode_values, value_bytes
+from tests.shared.delta_examples import BASE, TARGET
 
 DOC = (Path(__file__).parents[2] / "docs" / "wire-format.md").read_text(encoding="utf-8")
 VALUES = np.array([7, -7], np.float32)
@@ -57,13 +59,29 @@ def test_worked_example_is_what_the_code_reads():
     assert decode_frame(example("frame"), "RSLT") == (b"{}", {"update": example("update")})
 
 
+def test_the_delta_is_read_on_every_machine():
+    """Compressors differ between builds, so it need not be what this machine writes."""
+    assert apply(BASE, example("delta"), len(TARGET)) == TARGET
+
+
+def test_what_the_text_says_of_deltas_is_so():
+    text = section("Delta")
+    assert f"two sides of {delta.SIDE.size} bytes" in text
+    assert f"at most {delta.MAX_SPREAD} numbers per byte" in text
+    assert f"zigzag (0, -1, 1, -2, ...) of {delta.PLANES} bytes" in text
+    kinds = ", ".join(f"{kind.value} {kind.name.lower()}" for kind in delta.Kind)
+    assert f"(a byte: {kinds})" in text
+    forms = ", ".join(f"{form.value} {form.name.lower()}" for form in delta.Form)
+    assert f"form ({forms})" in text
+
+
 def test_lengths_in_the_text_are_right():
     assert f"Update: {len(UPDATE)} bytes." in DOC
 
 
 @pytest.mark.parametrize(
     ("title", "head", "fields"),
-    [("Frame", frame._HEAD, 5), ("Update", update._HEAD, 9)],
+    [("Frame", frame._HEAD, 5), ("Update", update._HEAD, 9), ("Delta", delta.HEAD, 11)],
 )
 def test_byte_tables_are_those_of_the_code(title, head: struct.Struct, fields):
     fixed = [(int(offset), int(size)) for offset, size, *_ in rows(title)[:fields]]
@@ -76,7 +94,7 @@ def test_byte_tables_are_those_of_the_code(title, head: struct.Struct, fields):
 
 
 def test_magics_and_versions_are_those_of_the_code():
-    for title, module in (("Frame", frame), ("Update", update)):
+    for title, module in (("Frame", frame), ("Update", update), ("Delta", delta)):
         table = {row[2]: row[3] for row in rows(title)}
         assert table["magic"] == f"`{module.MAGIC.decode()}`"
         assert table["version"] == str(module.VERSION)
