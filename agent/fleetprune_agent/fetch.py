@@ -9,7 +9,6 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -36,10 +35,8 @@ class ApplyDelta(Protocol):
 
 def apply_lazily(base: bytes, delta: bytes, *, max_bytes: int) -> bytes:
     """`fleetprune.delta.apply`, imported when there is a delta."""
-    try:
-        apply: ApplyDelta = import_module("fleetprune.delta").apply
-    except ImportError as e:
-        raise InstallError("this agent does not know deltas") from e
+    from fleetprune.delta import apply  # noqa: PLC0415
+
     return apply(base, delta, max_bytes=max_bytes)
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from fleetprune_agent.compatibility import Machine
 from fleetprune_agent.install import Checks, InstallOutcome, Status
 from fleetprune_agent.journal import Phase, Standing
 from fleetprune_agent.trial import Evidence, InChild, TrialStoppedError
+from fleetprune_coordinator.delta_maker import make
 
 WRONG = gemm(99)
 """Fails the golden samples of every release."""
@@ -314,7 +314,7 @@ class Change:
 
 
 def with_delta(device: Device, release: int, delta: bytes | None = None) -> None:
-    """The next release, and a delta from the one that runs."""
+    """The next release of 5 kB more, and a delta from the one that runs."""
     delta = b"%d" % release if delta is None else delta
     path = f"releases/phone/{release}/from-{release - 1}.delta"
     entry = {
@@ -341,6 +341,16 @@ def test_a_delta_instead_of_the_whole(device):
         "model.onnx",
         "slot.json",
     ]
+
+
+def test_a_delta_as_the_coordinator_makes_it(device):
+    device.repository.release(1, model=gemm(1, padding=5000))
+    device.install()
+    with_delta(device, 2, make(gemm(1, padding=5000), gemm(2, padding=5000)))
+    device.downloads()
+    assert device.install().status is Status.INSTALLED
+    assert device.downloads() == ["from-1.delta", "golden.npz"]
+    assert device.answer() == 2
 
 
 DAMAGED = {"another model": b"7", "not a delta": b"seven"}
@@ -412,15 +422,6 @@ def test_half_a_delta_is_kept_while_nobody_answers(device, monkeypatch):
     device.downloads()
     device.install(Checks(apply_delta=Change()))
     assert device.downloads() == ["from-1.delta", "golden.npz"]
-
-
-def test_an_agent_that_knows_no_deltas_fetches_the_whole(device, monkeypatch):
-    device.get(1)
-    with_delta(device, 2)
-    monkeypatch.setitem(sys.modules, "fleetprune.delta", None)
-    device.downloads()
-    assert device.install().status is Status.INSTALLED
-    assert device.downloads() == ["from-1.delta", "model.onnx", "golden.npz"]
 
 
 # Trials.
