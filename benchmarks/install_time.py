@@ -55,9 +55,8 @@ def publish(folder: Path, size: int) -> bytes:
     """A signed repository with one target in `folder`/public; its root."""
     data = random.Random(0).randbytes(size)
     until = datetime.now(UTC) + timedelta(days=1)
-    keys = {
-        r: CryptoSigner.generate_ed25519() for r in ("root", "targets", "snapshot", "timestamp")
-    }
+    roles = ("root", "targets", "snapshot", "timestamp")
+    keys = {role: CryptoSigner.generate_ed25519() for role in roles}
     root = Root(expires=until, consistent_snapshot=True)
     for role, key in keys.items():
         root.add_key(key.public_key, role)
@@ -92,15 +91,18 @@ class Loop:
         self.selector.register(self._woken, selectors.EVENT_READ, self)
 
     def call(self, function: Callable[[], None]) -> None:
+        """Run `function` in the loop's thread, soon."""
         self._calls.append(function)
         self._wake.send(b"x")
 
     def act(self, mask: int) -> None:
+        """Run what other threads want run."""
         self._woken.recv(4096)
         while self._calls:
             self._calls.popleft()()
 
     def turn(self) -> None:
+        """Wait for something, and do it."""
         for key, mask in self.selector.select(0.1):
             key.data.act(mask)
 
@@ -108,7 +110,9 @@ class Loop:
 class Device:
     """One device: waits for the announcement, then does as the agent does."""
 
-    def __init__(self, loop: Loop, settings: BrokerSettings, name: str, folder: Path, root: bytes):
+    def __init__(
+        self, loop: Loop, settings: BrokerSettings, name: str, folder: Path, root: bytes
+    ) -> None:
         topics = Topics(FLEET)
         self._loop, self.done_at, self._rng = loop, 0.0, random.Random(name)
         self._announced, self._into = threading.Event(), folder / "model.onnx"
