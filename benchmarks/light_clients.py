@@ -8,7 +8,7 @@ subscribers by a broker: CONNECT, SUBSCRIBE, PUBLISH in both directions, PUBACK,
 import selectors
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 KEEPALIVE_S = 3600
 RECEIVE = 256 * 1024  # bytes per read
@@ -36,14 +36,14 @@ class LightClient:
         selector: selectors.BaseSelector,
         address: tuple[str, int],
         name: str,
-        topic: str,
+        topics: Sequence[str],
         on_message: Callable[[bytes], None],
         *,
         qos: int = 1,
     ) -> None:
         self.name, self.on_message, self.ready = name, on_message, False
         self.received = self.sent = 0  # bytes
-        self._selector, self._topic, self._qos = selector, topic, qos
+        self._selector, self._topics, self._qos = selector, topics, qos
         self._in, self._out = bytearray(), bytearray()
         self._socket = socket.create_connection(address)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -116,7 +116,8 @@ class LightClient:
         if kind == 2:  # CONNACK
             if self._in[start + 1]:
                 raise ConnectionError(f"the broker refused {self.name}: {self._in[start + 1]}")
-            self._send(_packet(0x82, b"\0\1" + _string(self._topic) + bytes([self._qos])))
+            filters = b"".join(_string(topic) + bytes([self._qos]) for topic in self._topics)
+            self._send(_packet(0x82, b"\0\1" + filters))
         elif kind == 9:  # SUBACK
             self.ready = True
         elif kind == 3:  # PUBLISH

@@ -24,7 +24,9 @@ from fleetprune.blocks import (
 )
 from fleetprune.errors import TransportError, TrustError, WireError
 from fleetprune.mqtt import Connection
+from fleetprune.partfile import PartFile
 from fleetprune.topics import Topics
+from fleetprune_agent.pacing import Limit
 from fleetprune_agent.parts import MAX_PARTS
 from fleetprune_agent.transfer import BlobClient
 from tests.brokers import BACK_S, restartable  # noqa: F401
@@ -323,3 +325,32 @@ def test_broker_killed_in_mid_transfer(tmp_path, restartable):  # noqa: F811
     device.stop()
     coordinator.stop()
     server.close()
+
+
+def test_a_bandwidth_limit_holds_for_both_directions_together(tmp_path):
+    limit = Limit(100_000, time.monotonic)
+    peer = Peer(tmp_path, limit=limit, patience_s=0.1)  # waiting for the limit is no silence
+    began = time.monotonic()
+    peer.client.pull("blobs/x", len(DATA), SHA, tmp_path / "x")
+    peer.client.push("results/t", DATA)
+    # 60 kB at 100 kB/s, of which the last window is spent and not waited for
+    assert time.monotonic() - began > (2 * len(DATA) - 8 * BS) / 100_000
+    assert peer.results["results/t"] == (tmp_path / "x").read_bytes() == DATA
+    assert len(peer.asked) == 31
+
+
+def test_a_slow_limit_asks_for_one_block_at_a_time(tmp_path):
+    spent, limit, short = [], Limit(1024, time.monotonic), DATA[: 3 * BS]
+    limit.spend = spent.append  # so that nothing is waited for
+    wide = Peer(tmp_path, {"blobs/x": short}, limit=limit)
+    wide.client.pull("blobs/x", len(short), hashlib.sha256(short).hexdigest(), tmp_path / "x")
+    assert spent == [2 * BS, BS]  # a window of two blocks: what 1024 B/s bring in two seconds
+
+
+def test_what_another_road_spoilt_is_fetched_again(tmp_path):
+    peer = Peer(tmp_path)
+    with PartFile(tmp_path / "parts" / f"{SHA}.part", len(DATA), bytes.fromhex(SHA), BS) as part:
+        part.write(3, bytes(BS))
+    peer.client.pull("blobs/x", len(DATA), SHA, tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == DATA
+    assert len(peer.asked) == 30 + 31

@@ -34,6 +34,7 @@ fleet = "f"
 [broker]
 port = {port}
 protocol = {protocol}
+username = "blocks"
 [model]
 factory = "nowhere:none"
 input_shape = [4]
@@ -239,6 +240,40 @@ def test_a_server_that_left_only_its_retained_word_is_not_waited_for(
         until(hub._others_serve)
         assert device.client.read("metadata/timestamp.json", 2) == b"{}"
         assert not hub._others_serve()
+
+
+ACL = """
+pattern write fleetprune/f/up/%c/#
+pattern read fleetprune/f/down/%c/#
+user blocks
+topic read fleetprune/f/up/+/get
+topic write fleetprune/f/down/+/block
+topic write fleetprune/f/blocks/+
+user presence
+topic read fleetprune/f/blocks/+
+"""
+
+
+def test_the_least_rights_are_enough(tmp_path, public):
+    """Under an access list that gives a block server what `docs/roads.md` says, and no more."""
+    running = EmbeddedBroker(tmp_path / "broker", kind=BrokerKind.MOSQUITTO)
+    command = running._command()
+    (tmp_path / "acl").write_text(ACL)
+    with (tmp_path / "broker" / "mosquitto.conf").open("a") as f:
+        f.write(f"\nacl_file {tmp_path / 'acl'}\n")
+    running._command = lambda: command
+    running.start()
+
+    def named(name):
+        return running.settings.model_copy(update={"username": name})
+
+    with (
+        servers(tmp_path, named("presence"), ["s1", "s2"]),
+        Device(named("d1"), tmp_path) as device,
+    ):
+        device.client.pull(NAME, len(DATA), SHA, tmp_path / "out")
+        assert device.blocks == 62
+    running.kill()
 
 
 def test_such_a_process_is_light(tmp_path, public):

@@ -1,5 +1,7 @@
+import os
 import queue
 import random
+import signal
 import socket
 import threading
 import time
@@ -9,7 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from fleetprune.errors import ConfigError, TransportError
-from fleetprune.mqtt import BrokerSettings, Connection, Phase, packet_size
+from fleetprune.mqtt import IN_FLIGHT, BrokerSettings, Connection, Phase, packet_size
+from fleetprune_sim.broker import EmbeddedBroker, find_mosquitto
 from tests.brokers import BACK_S, broker, restartable  # noqa: F401
 
 WAIT_S = 10.0
@@ -157,8 +160,6 @@ def test_stop_cancels_the_back_off():
 
 
 def test_bad_credentials_are_named(tmp_path):
-    from fleetprune_sim.broker import EmbeddedBroker, find_mosquitto  # noqa: PLC0415
-
     if find_mosquitto() is None:
         pytest.skip("needs mosquitto: the embedded broker has no passwords")
     running = EmbeddedBroker(tmp_path)
@@ -276,3 +277,57 @@ def test_settings_refuse_what_cannot_work(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot be loaded: No such file or directory"):
         Connection(BrokerSettings(ca_file=tmp_path / "none"), "x", on_message=lambda *m: None)
     assert "secret" not in repr(BrokerSettings(username="u", password="secret"))
+
+
+def test_either_protocol_meets_the_other(tmp_path):
+    if find_mosquitto() is None:
+        pytest.skip("needs mosquitto: the embedded broker has one protocol per port")
+    running = EmbeddedBroker(tmp_path)
+    running.start()
+    newer = running.settings.model_copy(update={"protocol": 5})
+    with Peer(newer, "a", ["t/+"]) as a, Peer(running.settings, "b", ["u"]) as b:
+        assert b.connection.publish("t/x", bytes(100_000))
+        assert a.got.get(timeout=WAIT_S) == ("t/x", bytes(100_000))
+        assert a.connection.publish("u", b"1", qos=0)
+        assert b.got.get(timeout=WAIT_S) == ("u", b"1")
+    running.kill()
+
+
+@pytest.mark.skipif(find_mosquitto() is None, reason="needs mosquitto")
+def test_reconnects_with_protocol_5(restartable):  # noqa: F811
+    settings = restartable.settings.model_copy(update={"protocol": 5})
+    with Peer(settings, "a", ["t"]) as a:
+        restartable.kill()
+        until(lambda: a.connection.phase is Phase.WAITING)
+        restartable.start()
+        a.connection.wait_connected(BACK_S)
+        assert a.connection.publish("t", b"back")
+        assert a.got.get(timeout=WAIT_S) == ("t", b"back")
+
+
+def test_room_ends_where_the_broker_takes_no_more(restartable):  # noqa: F811
+    with Peer(restartable.settings, "a") as a:
+        assert a.connection.wait_for_room(WAIT_S)
+        os.kill(restartable._process.pid, signal.SIGSTOP)
+        for qos in (1, 0):
+            for _ in range(IN_FLIGHT // 2):
+                assert a.connection.wait_for_room(0.1)
+                a.connection.publish("t", bytes(250_000), qos=qos)
+        assert not a.connection.wait_for_room(0.1)
+        os.kill(restartable._process.pid, signal.SIGCONT)
+        until(lambda: a.connection._outstanding == 0)
+        assert a.connection.wait_for_room(0.0)
+
+
+def test_what_a_lost_connection_took_along_leaves_room(restartable):  # noqa: F811
+    with Peer(restartable.settings, "a") as a:
+        os.kill(restartable._process.pid, signal.SIGSTOP)
+        for _ in range(IN_FLIGHT + 30):
+            a.connection.publish("t", bytes(250_000), qos=0)
+        assert not a.connection.wait_for_room(0.1)
+        restartable.kill()
+        until(lambda: a.connection.phase is Phase.WAITING)
+        assert not a.connection.wait_for_room(0.0)
+        restartable.start()
+        a.connection.wait_connected(BACK_S)
+        assert a.connection.wait_for_room(0.0)
