@@ -38,6 +38,16 @@ SUB_COMMANDS = {
     "coordinator": SubCommand(
         "fleetprune_coordinator.commands", "coordinator", "Run a fleet's rounds and releases."
     ),
+    "access": SubCommand(
+        "fleetprune_coordinator.access_command",
+        "coordinator",
+        "Let devices into a fleet, and shut them out.",
+    ),
+    "deploy": SubCommand(
+        "fleetprune_coordinator.deploy_command",
+        "coordinator",
+        "Write what a broker needs to know.",
+    ),
     "plan": SubCommand(
         "fleetprune_coordinator.plan_command",
         "coordinator",

@@ -13,10 +13,12 @@ import queue
 import random
 import socket
 import ssl
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import paho.mqtt.client as paho
@@ -55,6 +57,8 @@ class BrokerSettings(Section):
     port: int = Field(default=1883, ge=1, le=65535)
     username: str | None = None
     password: str | None = Field(default=None, repr=False)
+    password_file: LocalPath | None = None
+    """Holds the password instead, so that a configuration can be shown around."""
     ca_file: LocalPath | None = None
     """Certificates to verify the broker with; given: TLS is used."""
     cert_file: LocalPath | None = None
@@ -69,12 +73,38 @@ class BrokerSettings(Section):
             raise ValueError("cert_file and key_file belong together")
         if self.cert_file is not None and self.ca_file is None:
             raise ValueError("cert_file needs ca_file: without it the broker is not verified")
+        if self.password is not None and self.password_file is not None:
+            raise ValueError("give either password or password_file")
         return self
+
+    def secret(self) -> str | None:
+        """The password, from wherever it is.
+
+        Raises:
+            ConfigError: Its file cannot be read, or everybody on this machine can read it.
+        """
+        if self.password_file is None:
+            return self.password
+        check_private(self.password_file)
+        try:
+            return self.password_file.read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as e:
+            raise ConfigError(f"password_file {self.password_file} cannot be read: {e}") from e
 
     @property
     def address(self) -> str:
         """`host:port`."""
         return f"{self.host}:{self.port}"
+
+
+def check_private(file: Path) -> None:
+    """ConfigError if everybody on this machine can read or replace a secret."""
+    try:
+        mode = file.stat().st_mode
+    except OSError:
+        return  # whoever reads it says so
+    if mode & (stat.S_IROTH | stat.S_IWOTH):
+        raise ConfigError(f"{file} can be read by everybody on this machine: chmod 600 it")
 
 
 class Phase(Enum):
@@ -180,6 +210,7 @@ class Connection:
             queue.SimpleQueue()
         )
         self._threads: list[threading.Thread] = []
+        self._tls: ssl.SSLContext | None = None
         self._client = self._make_client(client_id, will)
 
     def _make_client(self, client_id: str, will: tuple[str, bytes] | None) -> _CountingClient:
@@ -194,9 +225,10 @@ class Connection:
         client.max_queued_messages_set(OUTBOX)
         client.max_inflight_messages_set(IN_FLIGHT)
         if self._settings.username is not None:
-            client.username_pw_set(self._settings.username, self._settings.password)
+            client.username_pw_set(self._settings.username, self._settings.secret())
         if self._settings.ca_file is not None:
-            client.tls_set_context(_tls(self._settings))
+            self._tls = _tls(self._settings)
+            client.tls_set_context(self._tls)
         if will is not None:
             client.will_set(*will, qos=QOS, retain=True)
         client.on_connect = self._connected
@@ -276,6 +308,21 @@ class Connection:
             return False
         code = self._client.publish(topic, payload, qos=qos, retain=retain).rc
         return code == MQTTErrorCode.MQTT_ERR_SUCCESS
+
+    def use_certificate(self, file: Path) -> None:
+        """Show another certificate from now on: connect anew, if connected.
+
+        Args:
+            file: Certificate and key (PEM).
+
+        Raises:
+            ConfigError: It cannot be loaded, or there is no TLS; the old one stays.
+        """
+        if self._tls is None:
+            raise ConfigError("a certificate needs ca_file: without it there is no TLS")
+        _load(self._tls, file, file)
+        self._refusal = f"connecting to broker {self._settings.address} with a new certificate"
+        self._down.set()
 
     # The keeper's thread.
 
@@ -397,15 +444,23 @@ def _without_delay(_client: paho.Client, _data: Any, sock: Any) -> None:
 def _tls(settings: BrokerSettings) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=settings.ca_file)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if settings.cert_file is not None:
-            context.load_cert_chain(settings.cert_file, settings.key_file)
     except (OSError, ssl.SSLError) as e:
-        files = ", ".join(
-            str(f) for f in (settings.ca_file, settings.cert_file, settings.key_file) if f
-        )
-        raise ConfigError(f"certificates {files} cannot be loaded: {e.strerror or e}") from e
+        raise ConfigError(
+            f"certificates {settings.ca_file} cannot be loaded: {e.strerror or e}"
+        ) from e
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if settings.cert_file is not None and settings.key_file is not None:
+        _load(context, settings.cert_file, settings.key_file)
     return context
+
+
+def _load(context: ssl.SSLContext, cert_file: Path, key_file: Path) -> None:
+    check_private(key_file)
+    try:
+        context.load_cert_chain(cert_file, key_file)
+    except (OSError, ssl.SSLError) as e:
+        files = ", ".join(dict.fromkeys((str(cert_file), str(key_file))))
+        raise ConfigError(f"certificates {files} cannot be loaded: {e.strerror or e}") from e
 
 
 def _explain(error: Exception) -> str:
