@@ -10,13 +10,14 @@ answer is.
 
 import logging
 import random
+import ssl
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 from fleetprune.errors import InstallError, TrustError
-from fleetprune.files import storage_errors, write_atomic
+from fleetprune.files import storage_errors, sync_folder, write_atomic
 from fleetprune.messages import Certificate, Renew
 from fleetprune.mqtt import BrokerSettings
 from fleetprune.retry import Backoff
@@ -149,16 +150,22 @@ def install(
     """
     if ca_file is None:
         raise TrustError("a certificate came, but there is no ca_file to check it by")
+    try:  # nothing but one certificate: a key that came with it would be taken for ours
+        alone = ssl.DER_cert_to_PEM_cert(ssl.PEM_cert_to_DER_cert(certificate.strip()))
+    except ValueError as e:
+        raise TrustError("what came is no certificate (PEM)") from e
     trial = into.with_name(f"{into.name}.new")
     with storage_errors("write", into):
-        write_atomic(trial, certificate.encode() + pending.read_bytes(), mode=0o600)
+        write_atomic(trial, alone.encode() + pending.read_bytes(), mode=0o600)
         try:
             made = examine(trial, trial, ca_file)
             if made.name != device:
-                raise TrustError(f"certificate for {made.name!r}, expected {device!r}")
-            write_atomic(into, trial.read_bytes(), mode=0o600)
-        finally:
-            trial.unlink(missing_ok=True)
+                raise TrustError(f"certificate for {made.name!r}, expected {device!r}")  # noqa: TRY301
+        except TrustError:
+            trial.unlink()
+            raise
+        trial.replace(into)
+        sync_folder(into.parent)
         pending.unlink()
     return Identity(into, into, made.name, made.not_before, made.not_after)
 
