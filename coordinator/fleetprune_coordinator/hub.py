@@ -254,7 +254,8 @@ class Hub:
 
     def _send_task(self, announced: _Announced, now: float) -> None:
         device = announced.task.device
-        if not self._online.get(device, True):
+        shut_out = self._doorman is not None and self._doorman.refusal(device) is not None
+        if shut_out or not self._online.get(device, True):
             announced.due = None  # it is announced when the device comes back
             return
         if self._send(device, "task", announced.task.to_bytes()):
