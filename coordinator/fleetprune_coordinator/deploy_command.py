@@ -11,7 +11,7 @@ from fleetprune.errors import ConfigError
 from fleetprune_coordinator.access import ACCESS, open_access
 from fleetprune_coordinator.config import load_fleet_config
 from fleetprune_coordinator.deployment import deploy
-from fleetprune_coordinator.mosquitto import CONFIG, DATA, Place
+from fleetprune_coordinator.mosquitto import DATA, Place
 from fleetprune_coordinator.trial import try_mosquitto
 
 app = typer.Typer(
@@ -67,6 +67,6 @@ def mosquitto(
     if said:
         typer.echo(said)
     typer.echo(
-        f"Next: let mosquitto's user own broker.key, and run mosquitto -c {folder / CONFIG} "
-        "(or include it)."
+        "Next: let mosquitto's user own these files, and make its mosquitto.conf the one line"
+        f"\ninclude_dir {folder}"
     )

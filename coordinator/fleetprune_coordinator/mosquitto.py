@@ -38,7 +38,8 @@ def configuration(port: int, place: Place) -> str:
         place: Its files.
     """
     return f"""\
-{_HEADER}# Include it: include_dir {place.folder} in mosquitto.conf, or run mosquitto -c with it.
+{_HEADER}# The whole configuration: mosquitto refuses settings that stand twice, so a distribution's
+# mosquitto.conf gives way to the one line "include_dir {place.folder}".
 
 # --- Who may come in -----------------------------------------------------------------------------
 # One listener, TLS with certificates on both sides. There is no plain listener, not even on

@@ -127,7 +127,9 @@ def test_answers_that_are_not_for_us(world, tmp_path, caplog):
     with pytest.raises(MessageError):
         renewal.take(b"{")
     _, other = admit(world.access, "d2")
-    for pem in (other, "nonsense", (tmp_path / "d1.pem").read_text()):
+    mine = (tmp_path / "d1.pem").read_text()
+    certificate = mine[: mine.index("-----BEGIN PRIVATE")]
+    for pem in (other, "nonsense", mine, mine + certificate, other + other):
         with pytest.raises(TrustError):
             renewal.take(Certificate(certificate=pem).to_bytes())
     renewal.take(Certificate(reason="device d1 is revoked: stolen").to_bytes())

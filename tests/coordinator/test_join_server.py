@@ -204,6 +204,28 @@ def test_a_root_is_there_before_a_token_is_used_up(tmp_path):
         assert access.devices() == []
 
 
+def test_the_coordinator_has_the_endpoint_if_told_so(fleet, tmp_path, caplog):
+    from fleetprune_coordinator.serve import opened as serve_access  # noqa: PLC0415
+
+    caplog.set_level(logging.INFO)
+    with serve_access(fleet) as access:
+        port = int(caplog.messages[-1].removeprefix("devices join on port "))
+        assert ask(fleet, port, "GET", "/ca") == (200, access.authority.pem)
+    with pytest.raises(OSError):
+        ask(fleet, port, "GET", "/ca")
+    with serve_access(fleet.model_copy(update={"join": None})) as access:
+        assert access is not None
+        assert len(caplog.messages) == 1
+    nowhere = fleet.model_copy(update={"state": tmp_path})
+    with (
+        pytest.raises(ConfigError, match=r"^join: no authority in .*: `fleetprune access init` "),
+        serve_access(nowhere),
+    ):
+        pass
+    with serve_access(nowhere.model_copy(update={"join": None})) as access:
+        assert access is None  # whoever the broker lets in takes part
+
+
 def test_a_port_that_is_taken(fleet, running):
     access, server = running
     taken = fleet.join.model_copy(update={"port": server.port})
