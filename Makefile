@@ -5,6 +5,7 @@
 #   make check   make bench   make clean
 #   make fuzz [NETS=10000]   (random networks, traced, cut and held against the dense ones)
 #   make matrix   (every model with every granularity, schedule and criterion: 15 minutes)
+#   make network   (every host of a fleet is cut off in turn, on several bad lines: as root, 5 minutes)
 #   make study OUT=DIR [SEEDS='60 61']   (docs/method.md: four hours, to be taken up again any time)
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ TASK ?= digits
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test check bench fuzz matrix study clean
+.PHONY: demo test check bench fuzz matrix network study clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.demo
@@ -38,6 +39,9 @@ fuzz: .venv/.dev
 
 matrix: .venv/.dev
 	@MATRIX=1 $(BIN)/pytest -n $(WORKERS) --timeout 0 tests/coordinator/test_matrix.py $(ARGS)
+
+network: .venv/.dev
+	@NETWORK=1 $(BIN)/pytest tests/e2e/test_network.py $(ARGS)
 
 # Every method at the learning rate that was best on the validation sets of other seeds.
 RATE := training.learning_rate

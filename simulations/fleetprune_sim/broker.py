@@ -97,7 +97,7 @@ class EmbeddedBroker:
         with storage_errors("write", self.log), self.log.open("ab") as log:
             self._process = self._spawn(command, log)
         deadline = time.monotonic() + START_S
-        while not _accepts(self.settings.port):
+        while not self._accepts():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
                 raise TransportError(
@@ -130,6 +130,13 @@ class EmbeddedBroker:
                 )
             )
         return [program, "-c", str(config)]
+
+    def _accepts(self) -> bool:
+        try:
+            socket.create_connection((HOST, self.settings.port), timeout=1.0).close()
+        except OSError:
+            return False
+        return True
 
     def _last_words(self) -> str:
         lines = self.log.read_text(errors="replace").split("\n") if self.log.exists() else []
@@ -186,9 +193,3 @@ def _free_port() -> int:
         return port
 
 
-def _accepts(port: int) -> bool:
-    try:
-        socket.create_connection((HOST, port), timeout=1.0).close()
-    except OSError:
-        return False
-    return True

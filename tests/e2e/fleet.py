@@ -49,11 +49,12 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 class Process:
     """A child in a process group of its own."""
 
-    def __init__(self, command, cwd, log, *, waiting=False):
+    def __init__(self, command, cwd, log, *, waiting=False, on=()):
+        """Start; `on` is what the command begins with, where it is to run on another host."""
         self.log = log
         with log.open("ab") as out:
             self.popen = subprocess.Popen(
-                [*(_WAITING if waiting else _COMMAND), *command],
+                [*on, *(_WAITING if waiting else _COMMAND), *command],
                 cwd=cwd,
                 stdin=subprocess.PIPE if waiting else subprocess.DEVNULL,
                 stdout=out,
@@ -125,7 +126,8 @@ class Fleet:
             training: Keys of the table `training`.
         """
         self.root, self._hidden = root, hidden
-        self.broker = EmbeddedBroker(root / "broker")
+        self.patience_s = WAIT_S
+        self.broker = self._make_broker()
         self.training = {
             "rounds": 3,
             "devices_per_round": 3,
@@ -139,6 +141,13 @@ class Fleet:
         self._starts, self._next = starts, None
         self._registry = None
         self._write(samples or {})
+
+    def _make_broker(self):
+        return EmbeddedBroker(self.root / "broker")
+
+    def _on(self, name):
+        """What a process's command begins with."""
+        return ()
 
     def _write(self, samples):
         rng = np.random.default_rng(0)
@@ -227,12 +236,14 @@ class Fleet:
             self._starts -= 1
             options = ("--config", "fleet.toml", "--until-released", "--events", "events.jsonl")
             command = ("coordinator", "serve", *options)
-            self._next = Process(command, self.root, self._log(COORDINATOR), waiting=True)
+            on = self._on(COORDINATOR)
+            self._next = Process(command, self.root, self._log(COORDINATOR), waiting=True, on=on)
 
     def start_agents(self, *names):
         for name in names or DEVICES:
             command = ("agent", "run", "--config", "agent.toml")
-            self.processes[name] = Process(command, self.root / name, self._log(name))
+            on = self._on(name)
+            self.processes[name] = Process(command, self.root / name, self._log(name), on=on)
 
     def _log(self, name):
         return self.root / f"{name}.log"
@@ -248,8 +259,9 @@ class Fleet:
 
     # ---- what can be seen
 
-    def wait(self, what, look, *, every=LOOK_S, within=WAIT_S):
+    def wait(self, what, look, *, every=LOOK_S, within=None):
         """Look until there is something; AssertionError if it takes too long."""
+        within = within or self.patience_s
         deadline = time.monotonic() + within
         while not (found := look()):
             for name, process in self.processes.items():
@@ -316,6 +328,10 @@ class Fleet:
     def connections(self, device):
         """How often the device's log says that it is connected."""
         return self._log(device).read_text().count("connected to broker")
+
+    def dropped(self, name):
+        """How often a log says that the connection was lost."""
+        return self._log(name).read_text().count("dropped the connection")
 
     def predict(self, device):
         """What `fleetprune agent predict` says: the release it used, and the predictions."""
