@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import numpy as np
 import pytest
-from hub import PATIENCE_S, wait_until
+from hub import _listens, wait_until
 from repositories import MemoryRepository
 from test_join import Killed, killed_at
 
@@ -30,6 +30,7 @@ from fleetprune_coordinator.hub import Hub
 from fleetprune_coordinator.mosquitto import DATA, Place
 from fleetprune_coordinator.trial import local
 from tests.access_fleet import admit, client_settings, long_ago, make_fleet, opened
+from tests.brokers import BACK_S
 from tests.coordinator.fleet_fakes import MemoryStore
 
 DAY = 86400.0
@@ -240,16 +241,18 @@ def test_an_agent_renews_and_connects_anew(tmp_path, caplog):
     agent = Agent(config)
     thread = threading.Thread(target=agent.run, args=(stop,))
     try:
+        wait_until(lambda: _listens(port), "the broker")
         hub.start()
         thread.start()
         renewed = tmp_path / "state" / "device.pem"
-        wait_until(renewed.exists, "a new certificate")
+        wait_until(renewed.exists, "a new certificate", BACK_S)
         wait_until(
             lambda: caplog.text.count("with a new certificate") and hub.online("d1"),
             "the connection",
+            BACK_S,
         )
-        agent._connection.wait_connected(PATIENCE_S)
-        wait_until(lambda: agent._enrolled, "an enrolment")
+        agent._connection.wait_connected(BACK_S)
+        wait_until(lambda: agent._enrolled, "an enrolment", BACK_S)
     finally:
         stop.set()
         thread.join()
