@@ -38,6 +38,8 @@ ONLY = {
     },
     "ray": {"fleetprune_sim.ray_cluster"},  # started and ended in one place
     "torch_pruning": {"fleetprune_sim"},
+    # a device may do without it; where it is installed it costs 18 MB
+    "cryptography": {"fleetprune_agent.device_key", "fleetprune_coordinator"},
 }
 
 
@@ -141,6 +143,14 @@ def test_all_packages_are_looked_at():
             "fleetprune_sim.made_up",
             "from importlib import import_module\nimport_module('ray')",
             ["fleetprune_sim.made_up imports ray: only fleetprune_sim.ray_cluster may"],
+        ),
+        (
+            "fleetprune_agent.made_up",
+            "from cryptography import x509",
+            [
+                "fleetprune_agent.made_up imports cryptography: only fleetprune_agent.device_key, "
+                "fleetprune_coordinator may"
+            ],
         ),
         ("fleetprune_coordinator.couplings", "import torch, numpy", []),
         ("fleetprune_sim.made_up", "import flwr, fleetprune_agent, fleetprune_coordinator", []),

@@ -14,6 +14,7 @@ device's memory. All that must outlive the process lies below `config.state`:
     parts/       interrupted transfers           incoming/     on its way to one of the above
     last.json    the last report, for `status`   lock          held while the agent runs
     recent.npy   samples seen in service, only where `recent_samples` asks for it
+    device.pem   the renewed certificate         pending.key   of one that has not come yet
 """
 
 import logging
@@ -47,6 +48,7 @@ from fleetprune_agent.jobs import Jobs
 from fleetprune_agent.memory import quiet_malloc, rss_mb, trim
 from fleetprune_agent.pacing import Limit
 from fleetprune_agent.readers import load_samples
+from fleetprune_agent.renewal import Renewal
 from fleetprune_agent.sessions import Graphs
 from fleetprune_agent.slots import Slots
 from fleetprune_agent.sources import DeviceSource
@@ -71,7 +73,7 @@ POLL_S: Final = 1.0  # between looks at the stop event
 INBOX: Final = 64  # messages that wait to be acted upon: a flood must not take the memory
 END_S: Final = 20.0  # for what is under way when the agent is told to stop
 
-_DOWN: Final = ("enrolled", "task", *KINDS)
+_DOWN: Final = ("enrolled", "task", "certificate", *KINDS)
 
 
 class Agent:
@@ -133,8 +135,17 @@ class Agent:
         root = read_root(config.root)
         self._block = probe()
         self._split = split(load_samples(config.data), config.data.held_out)
-        self._connection = Connection(
+        self._renewal = Renewal(
+            config.device,
             config.broker,
+            state,
+            now=lambda: self._now().timestamp(),
+            rng=self._rng,
+            send=lambda data: self._publish("renew", data),
+            use=lambda file: self._connection.use_certificate(file),  # noqa: PLW0108  (made below)
+        )
+        self._connection = Connection(
+            self._renewal.settings,
             f"{config.fleet}-{config.device}",
             on_message=self._note,
             on_up=lambda: self._events.put(("up", b"")),
@@ -264,6 +275,8 @@ class Agent:
         elif kind == "release":
             Announcement.from_bytes(payload)
             self._look_soon()
+        elif kind == "certificate":
+            self._renewal.take(payload)
         elif kind == "task":
             self._take_task(Task.from_bytes(payload))
 
@@ -311,6 +324,7 @@ class Agent:
             self._attempts["enrol"] = attempt + 1
             self._enrol_at = now + ENROL.half_jitter(attempt, self._rng)
             self._enrol()
+        self._renewal.keep(now)
         if now >= self._refresh_at:
             self._refresh_at = now + self.config.refresh_s
             self._jobs.put("refresh", self._refresh)

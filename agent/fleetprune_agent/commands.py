@@ -1,8 +1,11 @@
-"""`fleetprune agent`: run, check, predict, status."""
+"""`fleetprune agent`: join, run, check, predict, status."""
 
 import json
 import logging
+import sys
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +13,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from fleetprune.errors import DataError, FleetpruneError
+from fleetprune.errors import ConfigError, DataError, FleetpruneError, TrustError
 from fleetprune_agent.config import AgentConfig, CsvData, load_config
 from fleetprune_agent.process import become
 
@@ -26,6 +29,65 @@ ConfigOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 REACH_S = 8.0  # for `check` to reach the broker; more than one attempt to connect takes
+
+
+@app.command()
+def join(
+    url: Annotated[str, typer.Argument(help="https://host:port where the fleet lets devices in.")],
+    *,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the device's files.")],
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with the token; without it, standard input.")
+    ] = None,
+    ca: Annotated[
+        Path | None, typer.Option("--ca", help="The fleet's authority: its certificate (PEM).")
+    ] = None,
+    fingerprint: Annotated[
+        str | None, typer.Option(help="Or its fingerprint, as `fleetprune access init` says it.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Join a fleet with a one-time token; after a failure, call again with the same token.
+
+    The device's key is made here and stays here.
+    """
+    from fleetprune_agent.join import join as work  # noqa: PLC0415  (ssl, http)
+
+    if (ca is None) == (fingerprint is None):
+        raise ConfigError("give either --ca or --fingerprint: without it anybody could be asked")
+    done = work(url, _read_token(token_file), out, ca_file=ca, fingerprint=fingerprint)
+    told = done.told
+    until = datetime.fromtimestamp(done.identity.not_after, UTC)
+    if as_json:
+        content = {
+            "fleet": told.fleet,
+            "device": told.device,
+            "device_class": told.device_class,
+            "config": str(done.config),
+            "config_kept": done.kept_config,
+            "certificate_until": int(done.identity.not_after),
+        }
+        typer.echo(json.dumps(content))
+        return 0
+    typer.echo(
+        f"{told.device} has joined {told.fleet} as {told.device_class}, until {until:%Y-%m-%d}"
+    )
+    if done.kept_config:
+        typer.echo(f"{done.config} was there and is as it was")
+    else:
+        typer.echo(f"Next: add [data] to {done.config}, then `fleetprune agent check`.")
+    return 0
+
+
+def _read_token(file: Path | None) -> str:
+    """The token: never an argument, which every process on the machine could read."""
+    from fleetprune.join_token import MAX_TOKEN  # noqa: PLC0415
+
+    try:
+        with sys.stdin if file is None else file.open(encoding="utf-8") as source:
+            return source.read(2 * MAX_TOKEN)
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"the token cannot be read from {file or 'standard input'}: {e}") from e
 
 
 @app.command()
@@ -51,8 +113,11 @@ def check(config: ConfigOption) -> int:
         "data": _check_data,
         "root of trust": _check_root,
         "state folder": _check_state,
+        "certificate": _check_certificate,
         "broker": _check_broker,
     }
+    if settings.broker.cert_file is None:
+        del checks["certificate"]
     failed = 0
     for name, examine in checks.items():
         try:
@@ -93,15 +158,34 @@ def _check_state(settings: AgentConfig) -> str:
         return str(settings.state)
 
 
+def _check_certificate(settings: AgentConfig) -> str:
+    from fleetprune_agent.identity import current  # noqa: PLC0415
+
+    now = time.time()
+    identity = current(settings.broker, settings.state, now)
+    if identity is None:
+        raise TrustError(
+            f"{settings.broker.cert_file} is no certificate of {settings.broker.ca_file}"
+        )
+    until = f"{datetime.fromtimestamp(identity.not_after, UTC):%Y-%m-%d}"
+    if identity.not_after < now:
+        raise TrustError(f"it has ended on {until}: join again with a new token")
+    if identity.name != settings.device:
+        raise TrustError(f"it is for {identity.name}, this device is called {settings.device}")
+    return f"{identity.cert_file} until {until}"
+
+
 def _check_broker(settings: AgentConfig) -> str:
     from fleetprune.mqtt import Connection  # noqa: PLC0415  (paho)
+    from fleetprune_agent.identity import current, shown  # noqa: PLC0415
 
     def ignore(_topic: str, _payload: bytes) -> None:
         return
 
+    broker = shown(settings.broker, current(settings.broker, settings.state, time.time()))
     # A name of its own: the running agent's would be thrown off the broker.
     name = f"{settings.fleet}-{settings.device}-check"
-    connection = Connection(settings.broker, name, on_message=ignore)
+    connection = Connection(broker, name, on_message=ignore)
     connection.start()
     try:
         connection.wait_connected(REACH_S)

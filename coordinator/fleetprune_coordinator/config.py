@@ -318,6 +318,38 @@ class ReleaseConfig(Section):
     """Of the models, an SPDX expression."""
 
 
+class AccessConfig(Section):
+    """The fleet's certificate authority (`fleetprune access`)."""
+
+    broker_names: tuple[str, ...] = ()
+    """Host names and addresses by which clients know the broker; empty: `broker.host`."""
+    device_days: int = Field(default=180, ge=2, le=3650)
+    """Life of a device's certificate; it is renewed in the last third."""
+    own_days: int = Field(default=730, ge=2, le=3650)
+    """Life of the certificates of broker, join endpoint, coordinator and block servers."""
+    ca_days: int = Field(default=7300, ge=30, le=36500)
+    """Life of the authority itself."""
+    deployed: LocalPath | None = None
+    """The broker's folder that `fleetprune deploy mosquitto` has filled: its access list and
+    revocation list are kept up to date."""
+    reload: tuple[str, ...] = ()
+    """Command that makes the broker read them, run after each change."""
+
+
+class JoinConfig(Section):
+    """Where devices join, with a token."""
+
+    host: str = "0.0.0.0"  # noqa: S104  (devices come from outside)
+    """Address to listen on."""
+    port: int = Field(default=8443, ge=0, le=65535)
+    names: tuple[str, ...] = ()
+    """Host names and addresses by which devices know the endpoint; empty: `access.broker_names`."""
+    broker_host: str | None = None
+    """Where devices find the broker; None: the first of `access.broker_names`, or `broker.host`."""
+    broker_port: int | None = Field(default=None, ge=1, le=65535)
+    """None: `broker.port`."""
+
+
 class FleetConfig(Section):
     """All of `fleet.toml`."""
 
@@ -333,6 +365,9 @@ class FleetConfig(Section):
     pruning: PruningConfig = Field(default_factory=PruningConfig)
     release: ReleaseConfig = Field(default_factory=ReleaseConfig)
     classes: dict[Name, ClassConfig] = Field(min_length=1)
+    access: AccessConfig = Field(default_factory=AccessConfig)
+    join: JoinConfig | None = None
+    """None: the coordinator itself has no endpoint where devices join."""
     simulation: dict[str, Any] = Field(default_factory=dict)
     """For `fleetprune simulate` alone, which checks it."""
 
@@ -372,6 +407,11 @@ class FleetConfig(Section):
                 f"training.criterion {criterion} tells units apart, not weights: choose another, "
                 'or pruning.granularity = "hybrid"'
             )
+
+    @property
+    def broker_names(self) -> tuple[str, ...]:
+        """Host names and addresses by which clients know the broker."""
+        return self.access.broker_names or (self.broker.host,)
 
     @property
     def folder(self) -> Path:

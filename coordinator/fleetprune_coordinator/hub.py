@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from fleetprune.blocks import RefusedError, Request
+from fleetprune.blocks import NotFound, RefusedError, Request
 from fleetprune.errors import HostileInputError, MessageError, RegistryError
 from fleetprune.files import storage_errors, write_atomic
 from fleetprune.messages import (
     MAX_REASON,
     Announcement,
+    Certificate,
     Enrol,
     Enrolled,
     Message,
@@ -39,6 +40,7 @@ from fleetprune.topics import Topics
 from fleetprune_coordinator.block_reader import read_request
 from fleetprune_coordinator.block_sender import BlockSender
 from fleetprune_coordinator.block_server import Admission, BlockServer
+from fleetprune_coordinator.doorman import Doorman
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +107,7 @@ class Hub:
         on_enrol: Callable[[Enrol], str | None] = lambda enrol: None,
         on_status: Callable[[str, bool], None] = lambda device, online: None,
         on_telemetry: Callable[[Telemetry], None] = lambda telemetry: None,
+        doorman: Doorman | None = None,
         rng: random.Random | None = None,
     ) -> None:
         """Prepare; nothing is opened before `start`.
@@ -119,10 +122,14 @@ class Hub:
             on_enrol: Decides on a device; None accepts it, a text is the reason not to.
             on_status: Told when a device comes or goes.
             on_telemetry: Told what a device reports about itself.
+            doorman: Decides whom to listen to, and what they may read; None: whoever the broker
+                lets in may take part and read everything.
             rng: Jitter of repeated announcements.
         """
         self._topics, self._store, self._repository = Topics(fleet), store, read
         self._on_enrol, self._on_status, self._on_telemetry = on_enrol, on_status, on_telemetry
+        self._doorman = doorman
+        self._turned_away: set[str] = set()
         self._rng = rng or random.Random()  # noqa: S311  (jitter)
         self._blobs = spool / "blobs"
         with storage_errors("create", spool):
@@ -148,6 +155,7 @@ class Hub:
             "telemetry": self._telemetry,
             "get": self._get,
             "put": self._put,
+            "renew": self._renew,
         }
         self.connection = Connection(
             settings,
@@ -255,7 +263,8 @@ class Hub:
 
     def _send_task(self, announced: _Announced, now: float) -> None:
         device = announced.task.device
-        if not self._online.get(device, True):
+        shut_out = self._doorman is not None and self._doorman.refusal(device) is not None
+        if shut_out or not self._online.get(device, True):
             announced.due = None  # it is announced when the device comes back
             return
         if self._send(device, "task", announced.task.to_bytes()):
@@ -297,10 +306,30 @@ class Hub:
         if handler is None:
             log.debug("message on %s ignored", topic)
             return
+        if self._turn_away(device, kind, payload):
+            return
         try:
             handler(device, payload)
         except HostileInputError as e:
             log.warning("%s of device %s ignored: %s", kind, device, e)
+
+    def _turn_away(self, device: str, kind: str, payload: bytes) -> bool:
+        """Whether a device is not listened to; it is told so when it asks to be let in."""
+        reason = None if self._doorman is None else self._doorman.refusal(device)
+        if reason is None:
+            self._turned_away.discard(device)
+            return False
+        if kind == "enrol":
+            answer = Enrolled(accepted=False, reason=reason[:MAX_REASON])
+            self._send(device, "enrolled", answer.to_bytes())
+        elif kind == "renew":
+            self._send(device, "certificate", Certificate(reason=reason[:MAX_REASON]).to_bytes())
+        if device not in self._turned_away:
+            self._turned_away.add(device)
+            log.warning("messages are ignored: %s", reason)
+            self._online[device] = False
+            self._on_status(device, False)
+        return True
 
     def _send(self, device: str, kind: str, payload: bytes, qos: int = QOS) -> bool:
         topic = self._topics.down(device, kind)
@@ -316,12 +345,19 @@ class Hub:
 
     def _enrol(self, device: str, payload: bytes) -> None:
         enrol = _own(device, Enrol.from_bytes(payload), lambda m: m.device)
-        reason = self._on_enrol(enrol)
+        wrong = None if self._doorman is None else self._doorman.wrong_class(enrol)
+        reason = wrong or self._on_enrol(enrol)
         answer = Enrolled(accepted=reason is None, reason=(reason or "")[:MAX_REASON])
         self._send(device, "enrolled", answer.to_bytes())
         if reason is None:
             self._online[device] = True
             self._announce_open(device)
+
+    def _renew(self, device: str, payload: bytes) -> None:
+        answer = None if self._doorman is None else self._doorman.renew(device, payload)
+        if answer is not None:
+            log.info("device %s renews: %s", device, answer.reason or "it has a new certificate")
+            self._send(device, "certificate", answer.to_bytes())
 
     def _status(self, device: str, payload: bytes) -> None:
         if payload not in (ONLINE, OFFLINE):
@@ -364,7 +400,12 @@ class Hub:
 
     def _get(self, device: str, payload: bytes) -> None:
         request = read_request(payload)
-        if self._others_serve() and not request.name.startswith(_BLOBS):
+        if self._doorman is not None and not self._doorman.may_read(
+            device, request.name, lambda sha256: self._has_task_with(device, sha256)
+        ):
+            log.info("device %s may not read %s", device, request.name[:MAX_REASON])
+            self._send(device, "block", NotFound(request.transfer).encode())
+        elif self._others_serve() and not request.name.startswith(_BLOBS):
             self._count(device, 0, self._of_others(device, request))
         else:
             self._sender.ask(device, request)
@@ -379,6 +420,13 @@ class Hub:
 
     def _has_room(self) -> bool:
         return self.connection.wait_for_room(ROOM_S)
+
+    def _has_task_with(self, device: str, sha256: str) -> bool:
+        with self._changed:
+            announced = [a.task for a in self._announced.values() if a.task.device == device]
+        return any(t.model.sha256 == sha256 for t in announced) or any(
+            t.model.sha256 == sha256 for t in self._store.open_tasks(device)
+        )
 
     def _put(self, device: str, payload: bytes) -> None:
         answer = self._server.put(device, payload)

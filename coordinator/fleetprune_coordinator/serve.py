@@ -10,15 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fleetprune.errors import TransportError
+from fleetprune.errors import ConfigError, TransportError
 from fleetprune.files import write_atomic
 from fleetprune.messages import Enrol, Telemetry
 from fleetprune.mqtt import Phase
+from fleetprune_coordinator.access import ACCESS, Access, open_access
 from fleetprune_coordinator.config import FleetConfig
 from fleetprune_coordinator.coordinator import Coordinator, Released
+from fleetprune_coordinator.doorman import Doorman
 from fleetprune_coordinator.events import EventLog
 from fleetprune_coordinator.hub import Hub, Outcome
+from fleetprune_coordinator.join_server import JoinServer, welcome
 from fleetprune_coordinator.mqtt_grid import MqttGrid
+from fleetprune_coordinator.road_access import smaller_classes
 from fleetprune_coordinator.strategy import NestedStrategy, run_app, server_app
 from fleetprune_coordinator.summary import summarise
 
@@ -33,8 +37,16 @@ POLL_S = 0.1  # seconds between looks at what devices have reported
 class Server:
     """A coordinator, a hub, and what passes between them."""
 
-    def __init__(self, coordinator: Coordinator, stop: threading.Event) -> None:
-        """Prepare to serve; `stop` ends it."""
+    def __init__(
+        self, coordinator: Coordinator, stop: threading.Event, access: Access | None = None
+    ) -> None:
+        """Prepare to serve.
+
+        Args:
+            coordinator: What there is to serve.
+            stop: Ends it.
+            access: The fleet's authority; None: whoever the broker lets in takes part.
+        """
         self._coordinator = coordinator
         self._registry = coordinator.registry
         self._events = coordinator.events
@@ -50,6 +62,7 @@ class Server:
             on_enrol=self._enrol,
             on_status=lambda device, online: _ignore(self._registry.set_online(device, online)),
             on_telemetry=self._telemetry,
+            doorman=None if access is None else Doorman(access.gate, self._smaller, access.renew),
         )
         self.hub.watch(self._outcome)
         self._counted: dict[str, tuple[int, int]] = {}
@@ -60,7 +73,14 @@ class Server:
             if r.telemetry.state == "committed"
         }
 
-    # ---- what the hub tells
+    # ---- what the hub tells and asks
+
+    def _smaller(self, device_class: str) -> frozenset[str]:
+        def next_smaller(name: str) -> str | None:
+            manifest = self._coordinator.repository.manifest(name)
+            return None if manifest is None else manifest.smaller
+
+        return smaller_classes(device_class, next_smaller)
 
     def _enrol(self, enrol: Enrol) -> str | None:
         classes = self._coordinator.config.classes
@@ -222,6 +242,30 @@ def serving(hub: Hub) -> Iterator[None]:
         hub.stop()
 
 
+@contextmanager
+def opened(config: FleetConfig) -> Iterator[Access | None]:
+    """The fleet's authority, if it has one, and the endpoint where devices join, if wanted."""
+    access = open_access(config, time.time)
+    if access is None:
+        if config.join is not None:
+            raise ConfigError(
+                f"join: no authority in {config.state / ACCESS}: `fleetprune access init` makes one"
+            )
+        yield None
+        return
+    join = None
+    try:
+        if config.join is not None:
+            join = JoinServer(access, welcome(config, config.join), config.join)
+            join.start()
+            log.info("devices join on port %d", join.port)
+        yield access
+    finally:
+        if join is not None:
+            join.stop()
+        access.close()
+
+
 def serve(
     config: FleetConfig,
     *,
@@ -248,8 +292,9 @@ def serve(
     with (
         EventLog(events, time.time) as log_,
         Coordinator(config, time.time, log_, lambda: _check(stop)) as coordinator,
+        opened(config) as access,
     ):
-        server = Server(coordinator, stop)
+        server = Server(coordinator, stop, access)
         with serving(server.hub):
             server.connect()
             coordinator.events.emit("serving", fleet=config.fleet, pid=os.getpid())

@@ -43,6 +43,16 @@ SUB_COMMANDS = {
         "coordinator",
         "Look at, sign and verify what devices trust.",
     ),
+    "access": SubCommand(
+        "fleetprune_coordinator.access_command",
+        "coordinator",
+        "Let devices into a fleet, and shut them out.",
+    ),
+    "deploy": SubCommand(
+        "fleetprune_coordinator.deploy_command",
+        "coordinator",
+        "Write what a broker needs to know.",
+    ),
     "plan": SubCommand(
         "fleetprune_coordinator.plan_command",
         "coordinator",

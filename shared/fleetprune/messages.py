@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from fleetprune.errors import MessageError
+from fleetprune.join_token import MAX_TOKEN
 
 SCHEMA = 1
 MAX_MESSAGE = 64 * 1024  # bytes of JSON; nothing legitimate comes near it
@@ -34,6 +35,7 @@ Size = Annotated[int, Field(ge=0, le=2**53 - 1)]
 MAX_DEADLINE_S = 7 * 24 * 3600.0
 """No round lasts a week: the longest that a task is kept, and anything of it."""
 MAX_REASON = 1024  # characters
+MAX_PEM = 8 * 1024  # characters; ours have 800
 MAX_LOSS = 3.4e38  # what float32 holds
 
 
@@ -255,3 +257,42 @@ class Telemetry(Message):
     bytes_up: Size = 0
     bytes_down: Size = 0
     error: Line = Field(default="", max_length=MAX_REASON)
+
+
+class Renew(Message):
+    """Device to coordinator: my certificate ends soon."""
+
+    request: str = Field(max_length=MAX_PEM)
+    """PKCS #10, PEM."""
+
+
+class Certificate(Message):
+    """Coordinator to device: the answer to `Renew`."""
+
+    certificate: str = Field(default="", max_length=MAX_PEM)
+    """PEM; empty: refused."""
+    reason: Line = Field(default="", max_length=MAX_REASON)
+
+
+class Join(Message):
+    """Device to the join endpoint: let me in."""
+
+    token: str = Field(max_length=MAX_TOKEN, repr=False)
+    request: str = Field(max_length=MAX_PEM)
+    """PKCS #10, PEM."""
+
+
+class Joined(Message):
+    """The join endpoint to a device: all that it must know to take part."""
+
+    fleet: Name
+    device: Name
+    device_class: Name
+    certificate: str = Field(max_length=MAX_PEM)
+    """PEM."""
+    ca: str = Field(max_length=MAX_PEM)
+    """PEM, by which the device knows the broker."""
+    root: str
+    """JSON: the TUF root, by which it knows releases."""
+    broker_host: Line = Field(min_length=1, max_length=255)
+    broker_port: int = Field(ge=1, le=65535)

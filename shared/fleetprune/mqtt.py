@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal
 
 import paho.mqtt.client as paho
@@ -27,9 +28,9 @@ from paho.mqtt.reasoncodes import ReasonCode
 from pydantic import Field, model_validator
 
 from fleetprune.config_file import LocalPath, Section
-from fleetprune.errors import TransportError
+from fleetprune.errors import ConfigError, TransportError
 from fleetprune.retry import Backoff
-from fleetprune.tls import client_context, explain
+from fleetprune.tls import check_private, client_context, explain, load_certificate
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ class BrokerSettings(Section):
     port: int = Field(default=1883, ge=1, le=65535)
     username: str | None = None
     password: str | None = Field(default=None, repr=False)
+    password_file: LocalPath | None = None
+    """Holds the password instead, so that a configuration can be shown around."""
     ca_file: LocalPath | None = None
     """Certificates to verify the broker with; given: TLS is used."""
     cert_file: LocalPath | None = None
@@ -74,7 +77,23 @@ class BrokerSettings(Section):
             raise ValueError("cert_file and key_file belong together")
         if self.cert_file is not None and self.ca_file is None:
             raise ValueError("cert_file needs ca_file: without it the broker is not verified")
+        if self.password is not None and self.password_file is not None:
+            raise ValueError("give either password or password_file")
         return self
+
+    def secret(self) -> str | None:
+        """The password, from wherever it is.
+
+        Raises:
+            ConfigError: Its file cannot be read, or everybody on this machine can read it.
+        """
+        if self.password_file is None:
+            return self.password
+        check_private(self.password_file)
+        try:
+            return self.password_file.read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as e:
+            raise ConfigError(f"password_file {self.password_file} cannot be read: {e}") from e
 
     @property
     def address(self) -> str:
@@ -196,6 +215,7 @@ class Connection:
             queue.SimpleQueue()
         )
         self._threads: list[threading.Thread] = []
+        self._tls: ssl.SSLContext | None = None
         self._client = self._make_client(client_id, will)
 
     def _make_client(self, client_id: str, will: tuple[str, bytes] | None) -> _CountingClient:
@@ -211,13 +231,12 @@ class Connection:
         client.max_queued_messages_set(OUTBOX)
         client.max_inflight_messages_set(IN_FLIGHT)
         if self._settings.username is not None:
-            client.username_pw_set(self._settings.username, self._settings.password)
+            client.username_pw_set(self._settings.username, self._settings.secret())
         if self._settings.ca_file is not None:
-            client.tls_set_context(
-                client_context(
-                    self._settings.ca_file, self._settings.cert_file, self._settings.key_file
-                )
+            self._tls = client_context(
+                self._settings.ca_file, self._settings.cert_file, self._settings.key_file
             )
+            client.tls_set_context(self._tls)
         if will is not None:
             client.will_set(*will, qos=QOS, retain=True)
         client.on_connect = self._connected
@@ -314,6 +333,21 @@ class Connection:
             return self._changed.wait_for(
                 lambda: self._phase is Phase.UP and self._outstanding < IN_FLIGHT, timeout
             )
+
+    def use_certificate(self, file: Path) -> None:
+        """Show another certificate from now on: connect anew, if connected.
+
+        Args:
+            file: Certificate and key (PEM).
+
+        Raises:
+            ConfigError: It cannot be loaded, or there is no TLS; the old one stays.
+        """
+        if self._tls is None:
+            raise ConfigError("a certificate needs ca_file: without it there is no TLS")
+        load_certificate(self._tls, file, file)
+        self._refusal = f"connecting to broker {self._settings.address} with a new certificate"
+        self._down.set()
 
     # The keeper's thread.
 

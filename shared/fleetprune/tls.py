@@ -2,6 +2,7 @@
 
 import socket
 import ssl
+import stat
 from pathlib import Path
 
 from fleetprune.errors import ConfigError
@@ -23,12 +24,40 @@ def client_context(
     try:
         context = ssl.create_default_context(cafile=ca_file)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if cert_file is not None:
-            context.load_cert_chain(cert_file, key_file)
     except (OSError, ssl.SSLError) as e:
-        files = ", ".join(str(f) for f in (ca_file, cert_file, key_file) if f)
-        raise ConfigError(f"certificates {files} cannot be loaded: {e.strerror or e}") from e
+        raise ConfigError(f"certificates {ca_file} cannot be loaded: {e.strerror or e}") from e
+    if cert_file is not None:
+        load_certificate(context, cert_file, key_file or cert_file)
     return context
+
+
+def load_certificate(context: ssl.SSLContext, cert_file: Path, key_file: Path) -> None:
+    """Show a certificate from the next connection on.
+
+    Args:
+        context: Of a client.
+        cert_file: The certificate (PEM).
+        key_file: Its key; may be the same file.
+
+    Raises:
+        ConfigError: They cannot be loaded, or everybody on this machine can read the key.
+    """
+    check_private(key_file)
+    try:
+        context.load_cert_chain(cert_file, key_file)
+    except (OSError, ssl.SSLError) as e:
+        files = ", ".join(dict.fromkeys((str(cert_file), str(key_file))))
+        raise ConfigError(f"certificates {files} cannot be loaded: {e.strerror or e}") from e
+
+
+def check_private(file: Path) -> None:
+    """ConfigError if everybody on this machine can read or replace a secret."""
+    try:
+        mode = file.stat().st_mode
+    except OSError:
+        return  # whoever reads it says so
+    if mode & (stat.S_IROTH | stat.S_IWOTH):
+        raise ConfigError(f"{file} can be read by everybody on this machine: chmod 600 it")
 
 
 def explain(error: Exception, timeout_s: float) -> str:

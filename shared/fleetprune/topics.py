@@ -9,10 +9,12 @@
     fleetprune/{fleet}/up/{device}/telemetry   device                  Telemetry
     fleetprune/{fleet}/up/{device}/get         device                  a block request
     fleetprune/{fleet}/up/{device}/put         device                  a block of a result
+    fleetprune/{fleet}/up/{device}/renew       device                  Renew
     fleetprune/{fleet}/down/{device}/enrolled  coordinator             Enrolled
     fleetprune/{fleet}/down/{device}/task      coordinator             Task
     fleetprune/{fleet}/down/{device}/block     coordinator or block server     a block asked for
     fleetprune/{fleet}/down/{device}/stored    coordinator     which blocks of a result have come
+    fleetprune/{fleet}/down/{device}/certificate   coordinator         Certificate
 
 A device writes below `up/{device}` and reads below `down/{device}` only, so a broker's access
 list is two patterns. Block servers read `up/+/get`, one of them each message: `shared`.

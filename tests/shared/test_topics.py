@@ -21,8 +21,8 @@ def test_every_topic_is_documented():
     assert topics.__doc__ is not None
     documented = {line.split()[0] for line in topics.__doc__.splitlines() if "{fleet}" in line[:24]}
     plain = Topics("{fleet}")
-    ups = ("enrol", "status", "ack", "telemetry", "get", "put")
-    downs = ("enrolled", "task", "block", "stored")
+    ups = ("enrol", "status", "ack", "telemetry", "get", "put", "renew")
+    downs = ("enrolled", "task", "block", "stored", "certificate")
     assert documented == {
         plain.release,
         plain.coordinator,
