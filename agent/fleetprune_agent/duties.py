@@ -11,7 +11,6 @@ from fleetprune.errors import (
     InstallError,
     MessageError,
     TransportError,
-    TrustError,
 )
 from fleetprune.files import write_atomic
 from fleetprune.messages import Progress, Task, TaskAck, Telemetry
@@ -107,6 +106,7 @@ class Duties:
                 self.slots,
                 self.config.device_class,
                 Checks(threads=self.config.threads),
+                device=self.config.device,
             )
         except TransportError as e:
             log.info("no look for a new release: %s", e)
@@ -124,18 +124,18 @@ class Duties:
         return True
 
     def _up_to_date(self, repository: TrustedRepository) -> bool:
-        """Whether the signed release of our class is the one that runs, or there is none."""
+        """Whether the release that is wanted of us is the one that runs, or there is none."""
         repository.refresh()
         active = self.slots.active()
         device_class = self.config.device_class
-        if active is not None:
-            return repository.manifest(device_class, active.release) == active.manifest
-        try:
-            repository.describe(f"classes/{device_class}.json")
-        except TrustError:  # the metadata has just been verified, so there is none: a young fleet
+        rollout = repository.rollout(device_class)
+        if rollout is None:
             log.info("class %s has no release yet", device_class)
             return True
-        return False
+        wanted = rollout.wanted(self.config.device, active.release if active else 0)
+        if active is not None:
+            return repository.manifest(device_class, wanted) == active.manifest
+        return not wanted
 
     def report(self, error: str = "") -> None:
         """Measure the installed model and report; a model that fails here is rolled back."""

@@ -64,18 +64,24 @@ class InstallOutcome:
 
 
 def install(
-    repository: TrustedRepository, slots: Slots, device_class: str, checks: Checks | None = None
+    repository: TrustedRepository,
+    slots: Slots,
+    device_class: str,
+    checks: Checks | None = None,
+    *,
+    device: str = "",
 ) -> InstallOutcome:
-    """Bring the newest release of our class into service, on trial.
+    """Bring the release that our class's rollout wants of us into service, on trial.
 
     Args:
         repository: Verified access to releases.
         slots: Where they are installed.
         device_class: Ours.
         checks: How to try a release.
+        device: Our name, which decides whether we are in a rollout's cohort.
 
     Returns:
-        INSTALLED, CURRENT (nothing newer) or REJECTED (it failed its checks here).
+        INSTALLED, CURRENT (nothing else is wanted) or REJECTED (it failed its checks here).
 
     Raises:
         TrustError: The repository, or what it sent, is not to be trusted.
@@ -85,7 +91,12 @@ def install(
     checks = checks or Checks()
     repository.refresh()
     active = slots.active()
-    manifest = repository.manifest(device_class, installed=active.release if active else 0)
+    installed = active.release if active else 0
+    rollout = repository.rollout(device_class)
+    wanted = installed if rollout is None else rollout.wanted(device, installed)
+    if not wanted:
+        return InstallOutcome(Status.CURRENT, 0)
+    manifest = repository.manifest(device_class, wanted)
     if active is not None and active.release == manifest.release:
         if active.manifest.sha256 != manifest.sha256:
             raise TrustError(

@@ -15,12 +15,13 @@ A device whose clock runs behind cannot notice a freeze; one whose clock runs ah
 releases and keeps the model it has, since serving never asks the time.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from tuf.api import exceptions as tuf_errors
 from tuf.ngclient.fetcher import FetcherInterface
@@ -37,11 +38,14 @@ from fleetprune.files import (
     sync_folder,
     write_atomic,
 )
-from fleetprune.manifest import Manifest
+from fleetprune.manifest import Manifest, manifest_path
 from fleetprune.messages import MAX_MESSAGE
+from fleetprune.rollout import Rollout, rollout_path
 
 _OTHER_ROOT = " that this device's root of trust names: is it the root.json of this fleet?"
-MAX_MANIFEST = MAX_MESSAGE // 2  # bytes; a slot's record holds the manifest and must fit a message
+MAX_DOCUMENT = MAX_MESSAGE // 2  # bytes; a slot's record holds a manifest and must fit a message
+_ROLLOUTS = "rollouts"
+M = TypeVar("M", Manifest, Rollout)
 
 
 class BlobSource(Protocol):
@@ -173,6 +177,22 @@ class TrustedRepository:
         self._dir, self._root, self._source, self._now = trust_dir, root, source, now
         self._updater: Updater | None = None
 
+    @property
+    def origin(self) -> str:
+        """Digest of the pinned root and of the keys that count for rollouts.
+
+        Serials of rollouts are counted for each: those of another fleet say nothing here, nor do
+        those of a key that was taken out of service, which may have used them up.
+        """
+        if self._updater is None:
+            self.refresh()
+        delegations = None
+        if self._updater is not None:
+            delegations = self._updater._trusted_set.targets.delegations
+        roles = {} if delegations is None else delegations.roles or {}
+        keys = sorted(roles[_ROLLOUTS].keyids) if _ROLLOUTS in roles else []
+        return hashlib.sha256(b"\n".join([self._root, *(k.encode() for k in keys)])).hexdigest()
+
     def refresh(self) -> None:
         """Fetch and verify the newest metadata.
 
@@ -204,36 +224,48 @@ class TrustedRepository:
             raise TrustError(f"target {path} is signed with {list(info.hashes)}, expected sha256")
         return SignedFile(path, info.length, digest)
 
-    def manifest(self, device_class: str, installed: int = 0) -> Manifest:
-        """What devices of a class are to run.
+    def rollout(self, device_class: str, serial: int = 0) -> Rollout | None:
+        """What devices of a class are told to run.
 
         Args:
             device_class: Ours.
-            installed: The release that runs now; 0: none.
+            serial: Of the last one that was followed; 0: none yet.
+
+        Returns:
+            None if none is signed: a young fleet.
 
         Raises:
-            TrustError: None is signed, or it is malformed, for another class, older than
-                `installed`, or at odds with the signed size and hash of its model.
+            TrustError: It is malformed, too long, for another class, or older than `serial`.
             TransportError: The source does not answer.
         """
-        path = f"classes/{device_class}.json"
-        signed = self.describe(path)
-        if signed.size > MAX_MANIFEST:
-            raise TrustError(f"{path} is {signed.size} bytes, expected at most {MAX_MANIFEST}")
-        with _tuf_errors(self._now()):
-            data = self._source.read(signed.blob, signed.size)
-            self._info(path).verify_length_and_hashes(data)
-        try:
-            manifest = Manifest.from_bytes(data)
-        except MessageError as e:
-            raise TrustError(f"{path}: {e}") from e
-        if manifest.device_class != device_class:
-            raise TrustError(f"{path} is for class {manifest.device_class}, ours is {device_class}")
-        if manifest.release < installed:
+        path = rollout_path(device_class)
+        if self._find(path) is None:
+            return None
+        rollout = self._message(path, Rollout)
+        _require_class(path, rollout.device_class, device_class)
+        if rollout.serial < serial:
             raise TrustError(
-                f"release {manifest.release} for {device_class} is older than "
-                f"the installed release {installed}"
+                f"{path} is rollout {rollout.serial}, older than {serial}, which was followed"
             )
+        return rollout
+
+    def manifest(self, device_class: str, release: int) -> Manifest:
+        """What is signed about a release.
+
+        Args:
+            device_class: Ours, or that of the smaller variant.
+            release: Its number, as a rollout names it.
+
+        Raises:
+            TrustError: None is signed, or it is malformed, too long, for another class, of
+                another number, or at odds with the signed size and hash of its model.
+            TransportError: The source does not answer.
+        """
+        path = manifest_path(device_class, release)
+        manifest = self._message(path, Manifest)
+        _require_class(path, manifest.device_class, device_class)
+        if manifest.release != release:
+            raise TrustError(f"{path} is of release {manifest.release}")
         model = self.describe(manifest.model)
         if (model.size, model.sha256) != (manifest.size, manifest.sha256):
             raise TrustError(f"{path} names another model than the one signed as {manifest.model}")
@@ -274,16 +306,42 @@ class TrustedRepository:
             _discard_progress(into)
         return into
 
+    def _message(self, path: str, kind: type[M]) -> M:
+        """A small signed target, verified and parsed."""
+        signed = self.describe(path)
+        if signed.size > MAX_DOCUMENT:
+            raise TrustError(f"{path} is {signed.size} bytes, expected at most {MAX_DOCUMENT}")
+        with _tuf_errors(self._now()):
+            data = self._source.read(signed.blob, signed.size)
+            self._info(path).verify_length_and_hashes(data)
+        try:
+            return kind.from_bytes(data)
+        except MessageError as e:
+            raise TrustError(f"{path}: {e}") from e
+
     def _info(self, path: str) -> TargetFile:
+        info = self._find(path)
+        if info is None:
+            raise TrustError(f"the release repository has no target {path}")
+        return info
+
+    def _find(self, path: str) -> TargetFile | None:
+        """What is signed about a target by the role that may; asks a delegated one if need be."""
         if self._updater is None:
             self.refresh()
         if self._updater is None:
             raise TrustError("the release repository could not be verified")
         with storage_errors("store metadata in", self._dir), _tuf_errors(self._now()):
-            info = self._updater.get_targetinfo(path)
-        if info is None:
-            raise TrustError(f"the release repository has no target {path}")
-        return info
+            try:
+                return self._updater.get_targetinfo(path)
+            except tuf_errors.DownloadHTTPError:  # a delegated role was signed anew meanwhile
+                self.refresh()
+                return self._updater.get_targetinfo(path)
+
+
+def _require_class(path: str, got: str, ours: str) -> None:
+    if got != ours:
+        raise TrustError(f"{path} is for class {got}, expected {ours}")
 
 
 def _mismatch(signed: SignedFile, file: Path) -> str | None:

@@ -31,17 +31,41 @@ FLEET_TOML = Path("fleet.toml")
 
 
 @app.command()
-def init(config: Config = FLEET_TOML, *, as_json: Json = False) -> None:
+def init(
+    config: Config = FLEET_TOML,
+    *,
+    root_keys: Annotated[int, typer.Option(help="Keys of role root.")] = 1,
+    root_threshold: Annotated[int, typer.Option(help="How many of them must sign.")] = 1,
+    targets_keys: Annotated[int, typer.Option(help="Keys of role targets.")] = 1,
+    targets_threshold: Annotated[int, typer.Option(help="How many of them must sign.")] = 1,
+    encrypt: Annotated[
+        bool,
+        typer.Option(
+            help="Encrypt the private keys with a passphrase: the first line of the file that "
+            "FLEETPRUNE_PASSPHRASE_FILE names, or what you are asked for."
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Make the fleet's keys and an empty release repository.
 
-    Refused if they exist: devices trust the keys that they were given.
+    Refused if they exist: devices trust the keys that they were given. The keys of root and
+    targets may then be moved off this machine; see `fleetprune release`.
     """
-    from fleetprune_coordinator.coordinator import RELEASES  # noqa: PLC0415  (needs torch)
-    from fleetprune_coordinator.keys import init_repository  # noqa: PLC0415
+    from fleetprune_coordinator.keys import (  # noqa: PLC0415
+        RELEASES,
+        KeyPlan,
+        Quorum,
+        init_repository,
+    )
+    from fleetprune_coordinator.passphrase import new_passphrase  # noqa: PLC0415
 
     fleet = load_fleet_config(config)
     folder = fleet.state / RELEASES
-    init_repository(folder, datetime.now(UTC))
+    plan = KeyPlan(Quorum(root_keys, root_threshold), Quorum(targets_keys, targets_threshold))
+    plan.check()
+    phrase = new_passphrase() if encrypt else None
+    init_repository(folder, datetime.now(UTC), keys=plan, passphrase=phrase)
     root = folder / "public" / "metadata" / "1.root.json"
     if as_json:
         typer.echo(json.dumps({"repository": str(folder), "root": str(root)}))

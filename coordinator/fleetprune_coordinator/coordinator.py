@@ -28,6 +28,7 @@ from fleetprune_coordinator.events import EventLog
 from fleetprune_coordinator.graph_library import GraphLibrary, StepOptions, fingerprint
 from fleetprune_coordinator.initial_weights import frozen_parameters, load_initial
 from fleetprune_coordinator.int8 import Verdict, choose_file
+from fleetprune_coordinator.keys import RELEASES
 from fleetprune_coordinator.plan import Planner
 from fleetprune_coordinator.policy import Policy
 from fleetprune_coordinator.records import ReleaseRecord
@@ -42,8 +43,6 @@ from fleetprune_coordinator.time_round import TimeRound
 log = logging.getLogger(__name__)
 
 GOLDEN_SAMPLES = 8  # enough to notice a wrong graph or a wrong kernel; a few hundred bytes each
-RELEASES = "releases"
-"""Folder of the release repository below the state folder."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +270,8 @@ class Coordinator:
             for name, artifact in artifacts.items()
         }
         self._check_stop()
-        return self.repository.publish_release(self.repository.latest_release() + 1, contents)
+        number = self.repository.latest_release() + 1
+        return self.repository.publish_release(number, contents, to_all=True)
 
     def _note(
         self, manifests: Mapping[str, Manifest], verdicts: Mapping[str, Verdict | None]

@@ -22,10 +22,11 @@ from fleetprune.layout import Architecture
 from fleetprune.patterns import Pattern
 from fleetprune_coordinator.artifacts import small_model
 from fleetprune_coordinator.config import FleetConfig
-from fleetprune_coordinator.coordinator import RELEASES, check_continues, load_model
+from fleetprune_coordinator.coordinator import check_continues, load_model
 from fleetprune_coordinator.fleet_model import restored
 from fleetprune_coordinator.graphs import check_countable, export_infer
 from fleetprune_coordinator.imports import import_object
+from fleetprune_coordinator.keys import RELEASES
 from fleetprune_coordinator.quantise import quantise
 from fleetprune_coordinator.records import ReleaseRecord
 from fleetprune_coordinator.registry import Registry

@@ -1,27 +1,25 @@
 """Making a release repository: its keys and the first signed metadata.
 
-    folder/keys/<role>.pem           private keys (ed25519), mode 0600 in a folder of mode 0700
+    folder/keys/<role>-<n>.pem       private keys, mode 0600 in a folder of mode 0700
     folder/public/metadata/          what devices read: 1.root.json, N.targets.json, ...
     folder/public/targets/           the files themselves
 
-The four TUF roles have a key each. `root.pem` signs nothing but the list of keys and may be
-moved off the machine; it is asked for once a year (see `ReleaseRepository.refresh_timestamp`).
-Devices are provisioned with `1.root.json`.
+The keys of `root` and `targets` may be moved off the machine: the first are asked for once a year
+and when a key is replaced, the others once per release. Devices are provisioned with
+`1.root.json`.
 """
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
 
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
 from tuf.api.metadata import (  # type: ignore[attr-defined]  # tuf re-exports without saying so
+    Delegations,
     Metadata,
-    MetaFile,
     Root,
     Snapshot,
     Targets,
@@ -30,73 +28,68 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # tuf re-exports w
 
 from fleetprune.errors import ConfigError
 from fleetprune.files import storage_errors, sync_folder, write_atomic
+from fleetprune_coordinator.key_files import KEYS, encoded
+from fleetprune_coordinator.roles import (
+    DELEGATED,
+    ROLES,
+    TOP,
+    Expiry,
+    Payload,
+    delegated_role,
+    meta_file,
+)
 
-Payload = TypeVar("Payload", Root, Targets, Snapshot, Timestamp)
-ROLES = (Root.type, Targets.type, Snapshot.type, Timestamp.type)
+RELEASES = "releases"
+"""Folder of the release repository below a fleet's state folder."""
+MAX_KEYS = 16  # per role; every signature costs a device 8 ms
+Signers = Mapping[str, Sequence[CryptoSigner]]
 
 
 @dataclass(frozen=True, slots=True)
-class Expiry:
-    """How long signed metadata of each role is believed by devices."""
+class Quorum:
+    """How many keys a role has, and how many must sign."""
 
-    root: timedelta = timedelta(days=365)
-    targets: timedelta = timedelta(days=90)
-    snapshot: timedelta = timedelta(days=7)
-    timestamp: timedelta = timedelta(days=1)  # bounds how long a device can be kept from an update
-
-    def of(self, role: str) -> timedelta:
-        """Life of one role's metadata."""
-        lives = {
-            Root.type: self.root,
-            Targets.type: self.targets,
-            Snapshot.type: self.snapshot,
-            Timestamp.type: self.timestamp,
-        }
-        return lives[role]
+    keys: int = 1
+    threshold: int = 1
 
 
-def sign(signed: Payload, signer: CryptoSigner) -> bytes:
-    """Serialised metadata with one signature."""
+@dataclass(frozen=True, slots=True)
+class KeyPlan:
+    """The quorum of each role whose keys may be offline; all others have one key."""
+
+    root: Quorum = Quorum()
+    targets: Quorum = Quorum()
+
+    def of(self, role: str) -> Quorum:
+        """The quorum of one role."""
+        return {Root.type: self.root, Targets.type: self.targets}.get(role, Quorum())
+
+    def check(self) -> None:
+        """ConfigError if a threshold cannot be met."""
+        for role in (Root.type, Targets.type):
+            of = self.of(role)
+            if not 1 <= of.threshold <= of.keys <= MAX_KEYS:
+                raise ConfigError(
+                    f"{of.threshold} of {of.keys} keys for role {role}: expected at least 1 of at "
+                    f"most {MAX_KEYS}, and no more than there are"
+                )
+
+
+def sign(signed: Payload, signers: Sequence[CryptoSigner]) -> bytes:
+    """Serialised metadata with a signature of each signer."""
     metadata = Metadata(signed)
-    metadata.sign(signer)
+    for signer in signers:
+        metadata.sign(signer, append=True)
     return metadata.to_bytes()
 
 
-def meta_file(version: int, data: bytes) -> MetaFile:
-    """How one metadata file names another: version, length and hash, so nothing can be mixed."""
-    return MetaFile.from_data(version, data, ["sha256"])
-
-
-def load_signers(folder: Path) -> dict[str, CryptoSigner]:
-    """Read the private keys of a repository.
-
-    Args:
-        folder: The repository.
-
-    Returns:
-        Role to signer; without `root` where that key was moved off the machine.
-
-    Raises:
-        ConfigError: There is no repository, or a key is missing or unreadable.
-    """
-    signers = {}
-    for role in ROLES:
-        path = folder / "keys" / f"{role}.pem"
-        try:
-            signers[role] = CryptoSigner(load_pem_private_key(path.read_bytes(), password=None))
-        except FileNotFoundError as e:
-            if role == Root.type and (folder / "keys").is_dir():
-                continue
-            raise ConfigError(
-                f"no release repository in {folder}: {path} is missing; "
-                "`fleetprune coordinator init` makes one"
-            ) from e
-        except (OSError, ValueError, TypeError) as e:
-            raise ConfigError(f"cannot read the private key {path}: {e}") from e
-    return signers
-
-
-def init_repository(folder: Path, now: datetime, expiry: Expiry | None = None) -> None:
+def init_repository(
+    folder: Path,
+    now: datetime,
+    expiry: Expiry | None = None,
+    keys: KeyPlan | None = None,
+    passphrase: bytes | None = None,
+) -> None:
     """Make a release repository: keys and signed, empty metadata.
 
     Everything is made in a temporary folder beside `folder` and renamed, so a kill leaves no
@@ -106,11 +99,15 @@ def init_repository(folder: Path, now: datetime, expiry: Expiry | None = None) -
         folder: To be made; may exist if it is empty.
         now: UTC; lives of the metadata count from here.
         expiry: Lives; the default of each role where None.
+        keys: How many keys; one of each where None.
+        passphrase: Of the private keys' files; None: they are not encrypted.
 
     Raises:
-        ConfigError: `folder` already holds something.
+        ConfigError: `folder` already holds something, or a threshold cannot be met.
         InstallError: The disk is full or refuses.
     """
+    keys = keys or KeyPlan()
+    keys.check()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(
             f"{folder} already holds keys or files, expected a new or empty folder: "
@@ -120,7 +117,7 @@ def init_repository(folder: Path, now: datetime, expiry: Expiry | None = None) -
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            _fill(staging, now, expiry or Expiry())
+            _fill(staging, now, expiry or Expiry(), keys, passphrase)
             staging.chmod(0o755)
             staging.rename(folder)
             sync_folder(folder.parent)
@@ -128,29 +125,48 @@ def init_repository(folder: Path, now: datetime, expiry: Expiry | None = None) -
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _fill(folder: Path, now: datetime, expiry: Expiry) -> None:
-    keys, public = folder / "keys", folder / "public"
+def _fill(
+    folder: Path, now: datetime, expiry: Expiry, plan: KeyPlan, passphrase: bytes | None
+) -> None:
+    keys, public = folder / KEYS, folder / "public"
     keys.mkdir(mode=0o700)
     (public / "metadata").mkdir(parents=True)
     (public / "targets").mkdir()
-    signers = {role: CryptoSigner.generate_ed25519() for role in ROLES}
-    for role, signer in signers.items():
-        write_atomic(keys / f"{role}.pem", signer.private_bytes, mode=0o600)
-    for name, data in _first_metadata(signers, now, expiry).items():
+    signers = {
+        role: [CryptoSigner.generate_ed25519() for _ in range(plan.of(role).keys)] for role in ROLES
+    }
+    for role, of_role in signers.items():
+        for number, signer in enumerate(of_role, start=1):
+            write_atomic(keys / f"{role}-{number}.pem", encoded(signer, passphrase), mode=0o600)
+    for name, data in _first_metadata(signers, plan, now, expiry).items():
         write_atomic(public / "metadata" / name, data)
     for path in (public, folder):
         sync_folder(path)
 
 
 def _first_metadata(
-    signers: Mapping[str, CryptoSigner], now: datetime, expiry: Expiry
+    signers: Signers, plan: KeyPlan, now: datetime, expiry: Expiry
 ) -> dict[str, bytes]:
     root = Root(expires=now + expiry.root, consistent_snapshot=True)
-    for role, signer in signers.items():
-        root.add_key(signer.public_key, role)
-    targets = sign(Targets(expires=now + expiry.targets), signers[Targets.type])
+    for role in TOP:
+        for signer in signers[role]:
+            root.add_key(signer.public_key, role)
+        root.roles[role].threshold = plan.of(role).threshold
+    public = {role: [s.public_key for s in signers[role]] for role in DELEGATED}
+    delegations = Delegations(
+        {key.keyid: key for keys in public.values() for key in keys},
+        {role: delegated_role(role, [key.keyid for key in keys]) for role, keys in public.items()},
+    )
+    content = {
+        Targets.type: Targets(expires=now + expiry.targets, delegations=delegations),
+        **{role: Targets(expires=now + expiry.of(role)) for role in DELEGATED},
+    }
+    signed = {role: sign(targets, signers[role]) for role, targets in content.items()}
     snapshot = sign(
-        Snapshot(expires=now + expiry.snapshot, meta={"targets.json": meta_file(1, targets)}),
+        Snapshot(
+            expires=now + expiry.snapshot,
+            meta={f"{role}.json": meta_file(1, data) for role, data in signed.items()},
+        ),
         signers[Snapshot.type],
     )
     timestamp = sign(
@@ -159,7 +175,7 @@ def _first_metadata(
     )
     return {
         "1.root.json": sign(root, signers[Root.type]),
-        "1.targets.json": targets,
+        **{f"1.{role}.json": data for role, data in signed.items()},
         "1.snapshot.json": snapshot,
         "timestamp.json": timestamp,
     }

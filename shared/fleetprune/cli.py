@@ -38,6 +38,11 @@ SUB_COMMANDS = {
     "coordinator": SubCommand(
         "fleetprune_coordinator.commands", "coordinator", "Run a fleet's rounds and releases."
     ),
+    "release": SubCommand(
+        "fleetprune_coordinator.release_command",
+        "coordinator",
+        "Look at, sign and verify what devices trust.",
+    ),
     "plan": SubCommand(
         "fleetprune_coordinator.plan_command",
         "coordinator",

@@ -17,9 +17,9 @@ from fleetprune_agent.feedback import InMemory
 from fleetprune_agent.sessions import Graphs
 from fleetprune_agent.worker import Worker, WorkerSettings
 from fleetprune_coordinator.config import FleetConfig
-from fleetprune_coordinator.coordinator import RELEASES, Coordinator
+from fleetprune_coordinator.coordinator import Coordinator
 from fleetprune_coordinator.events import EventLog
-from fleetprune_coordinator.keys import init_repository
+from fleetprune_coordinator.keys import RELEASES, init_repository
 from fleetprune_coordinator.loop_grid import LoopGrid
 from fleetprune_coordinator.strategy import NestedStrategy, run_app, server_app
 

@@ -19,10 +19,10 @@ from fleetprune.schedule import Curve
 from fleetprune_agent.runtime import probe_block
 from fleetprune_coordinator.artifacts import small_model
 from fleetprune_coordinator.config import FleetConfig
-from fleetprune_coordinator.coordinator import RELEASES, Coordinator
+from fleetprune_coordinator.coordinator import Coordinator
 from fleetprune_coordinator.events import EventLog
 from fleetprune_coordinator.initial_weights import starts_anew
-from fleetprune_coordinator.keys import init_repository
+from fleetprune_coordinator.keys import RELEASES, init_repository
 from fleetprune_coordinator.records import Phase
 from fleetprune_coordinator.rounds import TRIES
 from fleetprune_coordinator.strategy import NestedStrategy, run_app, server_app

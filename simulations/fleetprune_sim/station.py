@@ -14,7 +14,7 @@ from fleetprune_agent.data import Samples
 from fleetprune_agent.feedback import InMemory, decode_memory, encode_memory
 from fleetprune_agent.sessions import Graphs
 from fleetprune_agent.worker import WorkerSettings
-from fleetprune_coordinator.coordinator import RELEASES
+from fleetprune_coordinator.keys import RELEASES
 from fleetprune_sim.fleet import FOLDER, Fleet
 from fleetprune_sim.methods import find_method
 

@@ -14,7 +14,8 @@ from torch import nn
 from fleetprune.files import write_atomic
 from fleetprune_coordinator.artifacts import accuracy, small_model
 from fleetprune_coordinator.config import FleetConfig
-from fleetprune_coordinator.coordinator import RELEASES, Coordinator, Released
+from fleetprune_coordinator.coordinator import Coordinator, Released
+from fleetprune_coordinator.keys import RELEASES
 from fleetprune_coordinator.records import Phase
 from fleetprune_sim.evaluate import latency_ms, own_accuracy, score
 from fleetprune_sim.fleet import Fleet

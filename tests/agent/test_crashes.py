@@ -46,7 +46,7 @@ class Fleet:
         content = ReleaseContent(
             onnx=gemm(release, padding=LENGTH), golden=golden(release), input_shape=(4,)
         )
-        self.releases.publish_release(release, {"phone": content})
+        self.releases.publish_release(release, {"phone": content}, to_all=True)
 
     def live(self, kind: str, value: float) -> str:
         """Let the device run until it is killed or done."""

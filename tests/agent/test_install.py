@@ -80,7 +80,7 @@ def test_a_device_that_was_off_for_months_serves_and_then_updates(device):
         device.install()
     assert device.answer() == 1
     for payload in (
-        device.repository.targets,
+        *device.repository.content().values(),
         device.repository.snapshot,
         device.repository.timestamp,
     ):
@@ -187,13 +187,31 @@ def test_another_model_under_the_installed_number(device):
     assert device.answer() == 1
 
 
-def test_an_older_release_is_refused(device):
-    device.repository.release(2)
-    device.install()
-    device.repository.release(1)
-    with pytest.raises(TrustError) as e:
+def test_an_authorised_return_to_an_older_release(device):
+    for release in (1, 2):
+        device.repository.release(release)
         device.install()
-    assert str(e.value) == "release 1 for phone is older than the installed release 2"
+    device.repository.roll_out(stable=1)
+    outcome = device.install()
+    assert (outcome.status, outcome.release) == (Status.INSTALLED, 1)
+    assert device.answer() == 1
+
+
+def test_only_the_cohort_gets_a_candidate(device):
+    device.repository.release(1)
+    device.install()
+    device.repository.release(2, to_all=False)
+    device.repository.roll_out(stable=1, candidate=2, canaries=("d7",))
+    assert device.install() == InstallOutcome(Status.CURRENT, 1)
+    outcome = install(device.trusted, device.slots, "phone", device="d7")
+    assert (outcome.status, outcome.release) == (Status.INSTALLED, 2)
+
+
+def test_a_young_fleet_has_nothing_to_install(device):
+    device.repository.release(1, to_all=False)
+    assert device.install() == InstallOutcome(Status.CURRENT, 0)
+    device.repository.roll_out(candidate=1)
+    assert device.install() == InstallOutcome(Status.CURRENT, 0)
 
 
 def test_a_lost_connection_keeps_the_old_model_and_what_came(device, monkeypatch):

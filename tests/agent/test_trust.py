@@ -48,25 +48,57 @@ def trusted(tmp_path: Path, repository: MemoryRepository, clock: Clock) -> Trust
 def test_a_manifest_is_fetched_and_verified(trusted, repository):
     published = repository.release(1)
     trusted.refresh()
-    assert trusted.manifest("phone") == published
+    assert trusted.manifest("phone", 1) == published
+
+
+def test_a_rollout_is_fetched_and_verified(trusted, repository):
+    repository.release(1, to_all=False)
+    told = repository.roll_out(candidate=1, share=500, salt="0123456789abcdef", canaries=("d1",))
+    assert trusted.rollout("phone") == told
+    assert trusted.rollout("phone", serial=told.serial) == told
+    assert (told.wanted("d1", 0), told.wanted("d2", 0)) == (1, 0)
+
+
+def test_a_young_fleet_has_no_rollout(trusted, repository):
+    repository.release(1, to_all=False)
+    assert trusted.rollout("phone") is None
+    assert trusted.rollout("gateway") is None
 
 
 def test_the_first_question_refreshes(trusted, repository):
     published = repository.release(1)
-    assert trusted.manifest("phone") == published
+    assert trusted.manifest("phone", 1) == published
+
+
+def test_a_role_that_was_signed_anew_since_the_last_refresh_is_looked_for_once_more(
+    trusted, repository
+):
+    """Old versions are gone from the source; the graphs of a new round come like that."""
+    repository.add("graphs/a.onnx", b"a")
+    repository.bump()
+    trusted.refresh()
+    repository.add("graphs/b.onnx", b"b")
+    repository.bump()
+    assert trusted.describe("graphs/b.onnx").size == 1
 
 
 def test_names_asked_for_are_plain_and_few(trusted, repository):
     published = repository.release(1)
     trusted.refresh()
-    trusted.manifest("phone")
-    sha = hashlib.sha256(published.to_bytes()).hexdigest()
+    trusted.manifest("phone", 1)
+    told = trusted.rollout("phone")
+    trusted.refresh()
+    manifest, rollout = (hashlib.sha256(m.to_bytes()).hexdigest() for m in (published, told))
     assert repository.asked == [
         "metadata/2.root.json",
         "metadata/timestamp.json",
         "metadata/2.snapshot.json",
         "metadata/2.targets.json",
-        f"targets/classes/{sha}.phone.json",
+        f"targets/releases/phone/1/{manifest}.manifest.json",
+        "metadata/2.rollouts.json",
+        f"targets/rollouts/{rollout}.phone.json",
+        "metadata/2.root.json",
+        "metadata/timestamp.json",
     ]
 
 
@@ -86,7 +118,7 @@ def test_time_is_the_callers_not_the_systems(tmp_path, repository):
         old.release(1)
         trusted = TrustedRepository(tmp_path / str(years), old.bootstrap, old, Clock(moment))
         trusted.refresh()
-        assert trusted.manifest("phone").release == 1
+        assert trusted.manifest("phone", 1).release == 1
 
 
 def test_metadata_is_stored_durably(trusted, repository, monkeypatch):
@@ -113,8 +145,8 @@ def test_a_disk_that_refuses_is_an_install_error(tmp_path, repository, clock):
 def test_a_missing_target_is_named(trusted, repository):
     repository.release(1)
     with pytest.raises(TrustError) as e:
-        trusted.manifest("gateway")
-    assert str(e.value) == "the release repository has no target classes/gateway.json"
+        trusted.manifest("gateway", 1)
+    assert str(e.value) == "the release repository has no target releases/gateway/1/manifest.json"
 
 
 def test_missing_metadata_is_a_transport_error(trusted, repository):
@@ -142,7 +174,7 @@ def test_a_failed_refresh_leaves_nothing_trusted_in_memory(trusted, repository, 
     with pytest.raises(TrustError):
         trusted.refresh()
     with pytest.raises(TrustError, match=r"timestamp.json is expired"):
-        trusted.manifest("phone")
+        trusted.manifest("phone", 1)
 
 
 def test_root_is_renewed(trusted, repository, clock):
@@ -157,7 +189,7 @@ def test_root_is_renewed(trusted, repository, clock):
         payload.expires = clock.now + timedelta(days=1)
     repository.bump()
     trusted.refresh()
-    assert trusted.manifest("phone").release == 1
+    assert trusted.manifest("phone", 1).release == 1
 
 
 def test_a_stored_timestamp_that_is_damaged_is_fetched_again(trusted, repository, tmp_path):
@@ -165,7 +197,7 @@ def test_a_stored_timestamp_that_is_damaged_is_fetched_again(trusted, repository
     trusted.refresh()
     (tmp_path / "trust" / "timestamp.json").write_bytes(b"")
     trusted.refresh()
-    assert trusted.manifest("phone").release == 1
+    assert trusted.manifest("phone", 1).release == 1
 
 
 def test_a_target_is_downloaded_and_verified(trusted, repository, tmp_path):

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 from models import gemm
-from repositories import NOW, ROLES, Clock, MemoryRepository
+from repositories import DELEGATED, NOW, ROLES, Clock, MemoryRepository
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import MetaFile
 
 from fleetprune.errors import HostileInputError, TransportError, TrustError
-from fleetprune_agent.trust import MAX_MANIFEST, TrustedRepository
+from fleetprune_agent.trust import MAX_DOCUMENT, TrustedRepository
 
+MANIFEST, ROLLOUT = "releases/phone/1/manifest.json", "rollouts/phone.json"
 OTHER_ROOT = " that this device's root of trust names: is it the root.json of this fleet?"
 
 
@@ -36,7 +37,7 @@ def clock() -> Clock:
 def trusted(tmp_path: Path, repository: MemoryRepository, clock: Clock) -> TrustedRepository:
     trusted = TrustedRepository(tmp_path / "trust", repository.bootstrap, repository, clock)
     trusted.refresh()
-    assert trusted.manifest("phone").release == 1
+    assert trusted.manifest("phone", 1).release == 1
     return trusted
 
 
@@ -44,6 +45,15 @@ def refused(trusted: TrustedRepository) -> str:
     with pytest.raises(TrustError) as e:
         trusted.refresh()
     return str(e.value)
+
+
+def published(repository: MemoryRepository, role: str) -> str:
+    """Path of a target that a delegated role signs."""
+    path = {"rollouts": ROLLOUT, "graphs": "graphs/x.onnx"}[role]
+    if role == "graphs":
+        repository.add(path, b"graph")
+        repository.bump()
+    return path
 
 
 def restarted(trusted: TrustedRepository, repository, clock) -> TrustedRepository:
@@ -68,6 +78,23 @@ def test_freeze(trusted, repository, clock, role, days, message):
     repository.bump()
     day = clock.now.strftime("%Y-%m-%d 12:00:00")
     assert refused(trusted) == f"release repository: {message}, this device's clock says {day} UTC"
+
+
+@pytest.mark.parametrize("role", DELEGATED)
+def test_freeze_of_a_delegated_role(trusted, repository, clock, role):
+    """An old rollout for ever: the fleet would stay half-way."""
+    path = published(repository, role)
+    clock.advance(days=8)
+    for payload in (repository.timestamp, repository.snapshot):
+        payload.expires = clock.now + timedelta(days=1)
+    repository.bump()
+    trusted.refresh()
+    with pytest.raises(TrustError) as e:
+        trusted.describe(path)
+    assert str(e.value) == (
+        f"release repository: New {role} is expired, "
+        "this device's clock says 2026-03-09 12:00:00 UTC"
+    )
 
 
 def test_rollback_of_the_timestamp(trusted, repository, clock):
@@ -100,6 +127,61 @@ def test_wrong_key(trusted, repository, role):
     repository.signers[role] = CryptoSigner.generate_ed25519()
     repository.bump()
     assert refused(trusted) == f"release repository: {role} was signed by 0/1 keys" + OTHER_ROOT
+
+
+@pytest.mark.parametrize("role", DELEGATED)
+def test_wrong_key_of_a_delegated_role(trusted, repository, role):
+    path = published(repository, role)
+    repository.signers[role] = repository.signers["timestamp"]
+    repository.bump()
+    trusted.refresh()
+    with pytest.raises(TrustError) as e:
+        trusted.describe(path)
+    assert str(e.value) == f"release repository: {role} was signed by 0/1 keys" + OTHER_ROOT
+
+
+@pytest.mark.parametrize("role", DELEGATED)
+@pytest.mark.parametrize(
+    "path",
+    [
+        "releases/phone/9/manifest.json",
+        "releases/phone/9/model.onnx",
+        "rollouts/phone/x.json",
+        "graphs/deep/x.onnx",
+        "top.json",
+        "rollouts",
+    ],
+)
+def test_a_delegated_key_signs_nothing_outside_its_paths(trusted, repository, role, path):
+    """Whoever has the key for rollouts or graphs still cannot make a release."""
+    repository.add(path, b"evil", role)
+    repository.bump()
+    trusted.refresh()
+    with pytest.raises(TrustError) as e:
+        trusted.describe(path)
+    assert str(e.value) == f"the release repository has no target {path}"
+
+
+@pytest.mark.parametrize(
+    ("role", "path"), [("graphs", "rollouts/watch.json"), ("rollouts", "graphs/x.onnx")]
+)
+def test_delegated_roles_do_not_sign_for_each_other(trusted, repository, role, path):
+    repository.add(path, b"evil", role)
+    repository.bump()
+    trusted.refresh()
+    with pytest.raises(TrustError) as e:
+        trusted.describe(path)
+    assert str(e.value) == f"the release repository has no target {path}"
+
+
+def test_a_release_that_only_a_rollout_names(trusted, repository):
+    """The key for rollouts chooses among releases; it does not make them."""
+    repository.roll_out(stable=7)
+    trusted.refresh()
+    assert trusted.rollout("phone").stable == 7
+    with pytest.raises(TrustError) as e:
+        trusted.manifest("phone", 7)
+    assert str(e.value) == "the release repository has no target releases/phone/7/manifest.json"
 
 
 def test_wrong_root_key(trusted, repository):
@@ -179,7 +261,7 @@ def test_metadata_cut_off_at_every_byte(trusted, repository):
 
 def test_swapped_target_bytes(trusted, repository, tmp_path):
     evil = gemm(6)
-    manifest = trusted.manifest("phone")
+    manifest = trusted.manifest("phone", 1)
     assert len(evil) == manifest.size
     repository.blobs[trusted.describe(manifest.model).blob] = evil
     with pytest.raises(TrustError) as e:
@@ -193,7 +275,7 @@ def test_swapped_target_bytes(trusted, repository, tmp_path):
 
 def test_endless_target(trusted, repository, tmp_path, monkeypatch):
     """A source that writes more than it was told to is caught before anything is hashed."""
-    manifest = trusted.manifest("phone")
+    manifest = trusted.manifest("phone", 1)
 
     def endless(name: str, size: int, sha256: str, into: Path) -> None:
         into.write_bytes(b"\0" * (size + 1))
@@ -210,79 +292,132 @@ def test_endless_target(trusted, repository, tmp_path, monkeypatch):
 
 
 def test_short_target(trusted, repository, tmp_path):
-    manifest = trusted.manifest("phone")
+    manifest = trusted.manifest("phone", 1)
     repository.blobs[trusted.describe(manifest.model).blob] = b"short"
     with pytest.raises(TrustError, match=f"is 5 bytes, its signed length is {manifest.size}$"):
         trusted.target(manifest.model, tmp_path / "model.onnx")
 
 
 def test_endless_manifest(trusted, repository):
-    signed = trusted.describe("classes/phone.json")
+    signed = trusted.describe("releases/phone/1/manifest.json")
     repository.blobs[signed.blob] += b" "
     with pytest.raises(TrustError) as e:
-        trusted.manifest("phone")
+        trusted.manifest("phone", 1)
     assert str(e.value) == f"{signed.blob} is longer than {signed.size} bytes"
 
 
 def test_swapped_manifest(trusted, repository):
-    signed = trusted.describe("classes/phone.json")
+    signed = trusted.describe("releases/phone/1/manifest.json")
     repository.blobs[signed.blob] = b"{" + b" " * (signed.size - 1)
     with pytest.raises(TrustError, match=r"^release repository: Observed hash "):
-        trusted.manifest("phone")
+        trusted.manifest("phone", 1)
 
 
 def test_manifest_for_another_class(trusted, repository):
     """Signed, but put in the wrong place: a small device must not get a large model."""
     gateway = repository.release(2, "gateway")
-    repository.add("classes/phone.json", gateway.to_bytes())
+    repository.add("releases/phone/2/manifest.json", gateway.to_bytes())
+    repository.add("rollouts/phone.json", repository.roll_out("gateway", stable=2).to_bytes())
     repository.bump()
     trusted.refresh()
     with pytest.raises(TrustError) as e:
-        trusted.manifest("phone")
-    assert str(e.value) == "classes/phone.json is for class gateway, ours is phone"
+        trusted.manifest("phone", 2)
+    assert str(e.value) == "releases/phone/2/manifest.json is for class gateway, expected phone"
+    with pytest.raises(TrustError) as e:
+        trusted.rollout("phone")
+    assert str(e.value) == "rollouts/phone.json is for class gateway, expected phone"
 
 
-def test_older_release(trusted, repository):
-    """Newer metadata, validly signed, that names an older release than the one that runs."""
+def test_manifest_of_another_release(trusted, repository):
+    """Signed, but under a newer number: a device would believe that it is up to date."""
+    old = trusted.manifest("phone", 1)
+    repository.add("releases/phone/2/manifest.json", old.to_bytes())
+    repository.bump()
+    trusted.refresh()
+    with pytest.raises(TrustError) as e:
+        trusted.manifest("phone", 2)
+    assert str(e.value) == "releases/phone/2/manifest.json is of release 1"
+
+
+def test_replayed_rollout(trusted, repository, clock):
+    """Release 2 was called back; whoever sits between would like it to stay."""
     repository.release(2)
     trusted.refresh()
-    assert trusted.manifest("phone", installed=2).release == 2
+    bad = repository.signed(repository.delegated["rollouts"], "rollouts")
+    name = f"metadata/{repository.delegated['rollouts'].version + 1}.rollouts.json"
+    assert trusted.rollout("phone").stable == 2
+    back = repository.roll_out(stable=1)
+    repository.overrides[name] = bad
+    trusted.refresh()
     with pytest.raises(TrustError) as e:
-        trusted.manifest("phone", installed=3)
-    assert str(e.value) == "release 2 for phone is older than the installed release 3"
+        trusted.rollout("phone")
+    assert str(e.value) == "release repository: Expected rollouts v4, got v3."
+    repository.overrides.clear()
+    trusted.refresh()
+    assert trusted.rollout("phone") == back, "an authorised return to an older release"
+    assert trusted.manifest("phone", 1).release == 1
+
+    repository.delegated["rollouts"].version = 2
+    repository.bump()
+    assert refused(restarted(trusted, repository, clock)) == (
+        "release repository: Expected rollouts.json version 3, got 4."  # the wrong way round
+    )
+
+
+def test_older_rollout_under_newer_metadata(trusted, repository):
+    """Signed with a stolen key, or by a coordinator that was restored from a backup."""
+    repository.roll_out(stable=1, serial=5)
+    trusted.refresh()
+    assert trusted.rollout("phone", serial=5).serial == 5
+    with pytest.raises(TrustError) as e:
+        trusted.rollout("phone", serial=6)
+    assert str(e.value) == "rollouts/phone.json is rollout 5, older than 6, which was followed"
 
 
 def test_manifest_at_odds_with_the_signed_model(trusted, repository):
     repository.release(2, fields={"sha256": "0" * 64})
     trusted.refresh()
     with pytest.raises(TrustError) as e:
-        trusted.manifest("phone")
+        trusted.manifest("phone", 2)
     assert str(e.value) == (
-        "classes/phone.json names another model than the one signed as releases/phone/2/model.onnx"
+        "releases/phone/2/manifest.json names another model than the one signed as "
+        "releases/phone/2/model.onnx"
     )
 
 
-def test_malformed_manifest(trusted, repository):
-    repository.add("classes/phone.json", b"{}")
+def document(trusted, repository, path: str, data: bytes) -> str:
+    """How the device refuses a signed document."""
+    repository.add(path, data)
     repository.bump()
     trusted.refresh()
     with pytest.raises(TrustError) as e:
-        trusted.manifest("phone")
-    assert str(e.value) == "classes/phone.json: Manifest: release: Field required"
+        _ = trusted.rollout("phone") if path == ROLLOUT else trusted.manifest("phone", 1)
+    return str(e.value)
 
 
-def test_oversized_manifest(trusted, repository):
-    repository.add("classes/phone.json", b" " * (MAX_MANIFEST + 1))
-    repository.bump()
-    trusted.refresh()
-    with pytest.raises(TrustError) as e:
-        trusted.manifest("phone")
-    assert str(e.value) == "classes/phone.json is 32769 bytes, expected at most 32768"
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [(MANIFEST, "Manifest: release: Field required"), (ROLLOUT, "Rollout: device_class: Field")],
+)
+def test_malformed_documents(trusted, repository, path, message):
+    assert document(trusted, repository, path, b"{}").startswith(f"{path}: {message}")
+
+
+@pytest.mark.parametrize("path", [MANIFEST, ROLLOUT])
+def test_oversized_documents(trusted, repository, path):
+    message = document(trusted, repository, path, b" " * (MAX_DOCUMENT + 1))
+    assert message == f"{path} is 32769 bytes, expected at most 32768"
+    assert not any("targets/rollouts" in name for name in repository.asked)
 
 
 def test_a_target_path_cannot_leave_its_folder(trusted):
     """Unsigned messages name targets too; what is not signed does not exist."""
-    for path in ("../keys/root.pem", "/etc/passwd", "classes/../classes/phone.json"):
+    for path in (
+        "../keys/root.pem",
+        "/etc/passwd",
+        "rollouts/../releases/phone/1/model.onnx",
+        "rollouts/../../x",
+    ):
         with pytest.raises(TrustError) as e:
             trusted.describe(path)
         assert str(e.value) == f"the release repository has no target {path}"
@@ -297,5 +432,5 @@ def test_every_attack_leaves_the_device_able_to_go_on(trusted, repository, clock
             trusted.refresh()
         repository.overrides.clear()
         trusted.refresh()
-        assert trusted.manifest("phone").release == 1
+        assert trusted.manifest("phone", 1).release == 1
     assert clock.now == NOW

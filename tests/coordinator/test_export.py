@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 from fleetprune.errors import ConfigError
 from fleetprune_coordinator.artifacts import predict
 from fleetprune_coordinator.config import load_fleet_config
-from fleetprune_coordinator.coordinator import RELEASES, Coordinator
+from fleetprune_coordinator.coordinator import Coordinator
 from fleetprune_coordinator.events import EventLog
 from fleetprune_coordinator.export import Format, described_by, export, load
 from fleetprune_coordinator.export_command import app
-from fleetprune_coordinator.keys import init_repository
+from fleetprune_coordinator.keys import RELEASES, init_repository
 
 FLEET = """\
 fleet = "f"

@@ -19,8 +19,7 @@ import psutil
 
 from fleetprune_agent.feedback import OnDisk
 from fleetprune_agent.slots import Slots
-from fleetprune_coordinator.coordinator import RELEASES
-from fleetprune_coordinator.keys import init_repository
+from fleetprune_coordinator.keys import RELEASES, init_repository
 from fleetprune_coordinator.records import RoundState, TaskState
 from fleetprune_coordinator.registry import Registry
 from fleetprune_sim.broker import EmbeddedBroker

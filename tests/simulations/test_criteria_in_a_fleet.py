@@ -19,10 +19,10 @@ from fleetprune.model_payload import ModelPayload
 from fleetprune_agent.data import Batches
 from fleetprune_agent.observer import observe
 from fleetprune_agent.runtime import training_session
-from fleetprune_coordinator.coordinator import RELEASES, Coordinator
+from fleetprune_coordinator.coordinator import Coordinator
 from fleetprune_coordinator.events import EventLog
 from fleetprune_coordinator.graph_library import GraphLibrary, StepOptions
-from fleetprune_coordinator.keys import init_repository
+from fleetprune_coordinator.keys import RELEASES, init_repository
 from fleetprune_coordinator.ledger import Ledger
 from fleetprune_coordinator.resize import read
 from fleetprune_coordinator.tracing import trace
