@@ -25,6 +25,7 @@ from fleetprune.mqtt import BrokerSettings
 from fleetprune.patterns import Granularity, Pattern
 from fleetprune.schedule import Schedule
 from fleetprune_coordinator.imports import import_object
+from fleetprune_coordinator.rollout_config import RolloutConfig
 from fleetprune_coordinator.score_merge import ScoreMerge
 
 Dotted = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
@@ -321,6 +322,7 @@ class FleetConfig(Section):
     schedule: Schedule = Field(default_factory=Schedule)
     """Cuts at once unless it says otherwise."""
     pruning: PruningConfig = Field(default_factory=PruningConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     classes: dict[Name, ClassConfig] = Field(min_length=1)
     simulation: dict[str, Any] = Field(default_factory=dict)
     """For `fleetprune simulate` alone, which checks it."""

@@ -8,13 +8,14 @@ state/blobs/<sha256>  models, results, snapshots
 from fleetprune_coordinator.device_tables import DeviceTables
 from fleetprune_coordinator.latency_tables import LatencyTables
 from fleetprune_coordinator.records import EventRecord, ReleaseRecord
+from fleetprune_coordinator.rollout_tables import RolloutTables
 from fleetprune_coordinator.round_tables import RoundTables
 
 DAY = 24 * 3600.0  # seconds
 
 
-class Registry(DeviceTables, RoundTables, LatencyTables):
-    """Devices, rounds, latencies, releases and events; safe to use from several threads."""
+class Registry(DeviceTables, RoundTables, LatencyTables, RolloutTables):
+    """All tables; safe to use from several threads."""
 
     def add_release(self, *releases: ReleaseRecord) -> None:
         """Store what one or several releases are for their classes, all or none.

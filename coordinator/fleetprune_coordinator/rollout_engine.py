@@ -129,6 +129,8 @@ def advance(
 
 def abort(rollout: RolloutRecord, now: float, reason: str, evidence: Evidence) -> Step:
     """End a rollout: its devices go back to the stable release, if there is one."""
+    if not rollout.stable:
+        reason = f"{reason}; there is no release to go back to: devices that have it keep it"
     ended = replace(rollout, status=Status.ABORTED, held=False, reason=reason, changed_at=now)
     return Step(Action.ABORT, ended, reason, evidence)
 
