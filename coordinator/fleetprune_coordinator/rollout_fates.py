@@ -184,29 +184,29 @@ def judge(
         )
     if e.latency_doubt >= sure:
         return Verdict.ABORT, (
-            f"{e.slow} of {_devices(e.timed)} need more than {100 * rules.max_latency_rise:g} % "
+            f"{e.slow} of {e.timed} devices need more than {100 * rules.max_latency_rise:g} % "
             "longer than before"
         )
     if e.waiting and not enough:
-        return Verdict.WAIT, f"{e.good} of {_devices(e.counted)} run it well, {e.waiting} awaited"
+        return Verdict.WAIT, f"{e.good} of {e.counted} devices run it well, {e.waiting} awaited"
     if over:
         return Verdict.HOLD, (
             f"{_failed(e)}, {allowed}, but not with {surely} confidence: promote or abort"
         )
     soaked = rollout.began_at + rules.soak_s
     if now < soaked:
-        return Verdict.WAIT, f"{e.good} of {_devices(e.counted)} run it well, it soaks"
+        return Verdict.WAIT, f"{e.good} of {e.counted} devices run it well, it soaks"
     doubts = (0.0 if loss is None else loss.doubt, e.latency_doubt)
     if max(doubts) >= DOUBTFUL and now < rollout.began_at + rules.deadline_s:
         what = "accuracy" if doubts[0] >= DOUBTFUL else "latency"
         return Verdict.WAIT, f"{what} may have got worse: more reports are awaited"
-    return Verdict.GO, f"{e.good} of {_devices(e.counted)} run it well"
+    return Verdict.GO, f"{e.good} of {e.counted} devices run it well"
 
 
 def _failed(e: Evidence) -> str:
     shown = "; ".join(f"{name} {why}" for name, why in list(e.reasons.items())[: min(e.failed, 2)])
     more = f"; and {e.failed - 2} more" if e.failed > 2 else ""
-    return f"{e.failed} of {_devices(e.counted)} failed ({shown}{more})"
+    return f"{e.failed} of {e.counted} devices failed ({shown}{more})"
 
 
 def _devices(n: int) -> str:

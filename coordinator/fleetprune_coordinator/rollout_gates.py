@@ -6,7 +6,7 @@ rest on large numbers, and none on a single odd device where there are several.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from scipy.special import betainc, ndtr
 
 Values = NDArray[np.float64]
 MANY = 10  # devices from which on their own scatter says how sure a mean is
+WITHOUT_WORST = 0.8  # how likely a loss must be without the device that lost most
 
 
 def share_above(count: int, of: int, most: float) -> float:
@@ -68,7 +69,7 @@ def accuracy_loss(devices: Sequence[Paired], most: float) -> Loss | None:
     that is at most the share on which both models disagree, and what independent models would
     have, and at least what the devices' own differences need. From `MANY` devices on the scatter
     between devices counts instead where it is larger (Liang and Zeger 1986); of fewer it is too
-    vague, and there the loss must also be above the limit without the device that lost most.
+    vague, and there the loss must also be likely without the device that lost most.
 
     Args:
         devices: Any number; those without samples are passed over.
@@ -80,19 +81,24 @@ def accuracy_loss(devices: Sequence[Paired], most: float) -> Loss | None:
     given = [d for d in devices if d.samples > 0]
     if not given:
         return None
-    n = np.array([d.samples for d in given], dtype=np.float64)
-    lost = np.rint(n * [d.before for d in given]) - np.rint(n * [d.after for d in given])
-    total, loss = float(n.sum()), float(lost.sum() / n.sum())
-    mean, error = _paired(given, n, lost, total)
-    if len(given) >= MANY:
-        scatter = np.square(lost - loss * n).sum() * len(given) / (len(given) - 1)
-        error = max(error, math.sqrt(float(scatter)) / total)
-    doubt = float(ndtr((mean - most) / error))
+    found = _loss(given, most)
     if 1 < len(given) < MANY:
-        worst = int(np.argmax(lost / n))
-        if (lost.sum() - lost[worst]) / (total - n[worst]) <= most:
-            doubt = min(doubt, 0.5)
-    return Loss(len(given), int(total), loss, error, doubt)
+        worst = max(range(len(given)), key=lambda i: given[i].before - given[i].after)
+        rest = _loss([d for i, d in enumerate(given) if i != worst], most)
+        if rest.doubt < WITHOUT_WORST:
+            return replace(found, doubt=min(found.doubt, rest.doubt))
+    return found
+
+
+def _loss(devices: Sequence[Paired], most: float) -> Loss:
+    n = np.array([d.samples for d in devices], dtype=np.float64)
+    lost = np.rint(n * [d.before for d in devices]) - np.rint(n * [d.after for d in devices])
+    total, loss = float(n.sum()), float(lost.sum() / n.sum())
+    mean, error = _paired(devices, n, lost, total)
+    if len(devices) >= MANY:
+        scatter = np.square(lost - loss * n).sum() * len(devices) / (len(devices) - 1)
+        error = max(error, math.sqrt(float(scatter)) / total)
+    return Loss(len(devices), int(total), loss, error, float(ndtr((mean - most) / error)))
 
 
 def _paired(

@@ -194,13 +194,17 @@ class Rollouts:
         """
         with self.ledger.change():
             names = self._having(release, classes)
+            if not classes:
+                names = [name for name in names if self._newest(name) >= release]
+            if not names:
+                raise RolloutError(f"no class is told to run anything newer than release {release}")
             return [self._return(name, release, who, reason) for name in names]
 
     def _return(self, name: str, release: int, who: str, reason: str) -> Changed:
         old, stable = self._registry.open_rollouts().get(name), self.ledger.stable(name)
         if old is None and stable == release:
             return Changed(name, release, False, "is what the whole class is told to run already")
-        newest = stable if old is None else max(stable, old.candidate)
+        newest = self._newest(name)
         if release >= newest:
             raise RolloutError(
                 f"release {release} is no return for class {name}, which is told to run {newest}: "
@@ -299,6 +303,11 @@ class Rollouts:
                 began_at=now,
             )
         )
+
+    def _newest(self, name: str) -> int:
+        """The newest release that devices of a class may be running."""
+        rollout = self._registry.open_rollouts().get(name)
+        return max(self.ledger.stable(name), 0 if rollout is None else rollout.candidate)
 
     def _replace(self, old: RolloutRecord, reason: str, who: str) -> None:
         step = self._set(old, Status.REPLACED, reason)
