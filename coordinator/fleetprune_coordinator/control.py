@@ -96,12 +96,12 @@ class ControlServer:
     def _answer(self, peer: socket.socket) -> None:
         data = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         uid = _CREDENTIALS.unpack(data)[1]
-        if uid not in (0, os.geteuid()):
-            log.warning("control socket: %s was turned away", user_name(uid))
-            _send(peer, {"error": f"{user_name(uid)} may not give orders here"})
-            return
         try:
             order = _read_line(peer, MAX_ORDER, ORDER_S)
+            if uid not in (0, os.geteuid()):
+                log.warning("control socket: %s was turned away", user_name(uid))
+                _send(peer, {"error": f"{user_name(uid)} may not give orders here"})
+                return
             _send(peer, {"done": self._obey(order, user_name(uid))})
         except FleetpruneError as e:
             _send(peer, {"error": str(e), "misuse": isinstance(e, UsageError)})
@@ -137,7 +137,7 @@ def call(state: Path, order: bytes) -> Any:
         try:
             to.sendall(order + b"\n")
             answer = json.loads(_read_line(to, MAX_ANSWER, ANSWER_S))
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, TransportError) as e:
             raise TransportError(f"the coordinator on {state} does not answer: {e}") from e
     if "error" in answer:
         raise (UsageError if answer.get("misuse") else RolloutError)(answer["error"])
@@ -158,11 +158,11 @@ def _read_line(peer: socket.socket, most: int, within_s: float) -> bytes:
     """One line without its end; TransportError if it is too long, cut off or too slow."""
     deadline, data = time.monotonic() + within_s, b""
     while not data.endswith(b"\n"):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TransportError(f"no whole line within {within_s:g} s")
-        peer.settimeout(left)
-        part = peer.recv(4096)
+        try:
+            peer.settimeout(max(0.001, deadline - time.monotonic()))
+            part = peer.recv(4096)
+        except TimeoutError as e:
+            raise TransportError(f"no whole line within {within_s:g} s") from e
         if not part:
             raise TransportError(f"the connection ended after {len(data)} bytes of a line")
         data += part
