@@ -14,6 +14,7 @@ INTERIM = 0.999
 """How sure a gate on accuracy or latency must be while devices are still awaited: looks before
 the last one must cost next to nothing (Haybittle 1971; Peto et al. 1976)."""
 DOUBTFUL = 0.8  # a loss that is as probable as this is waited on until the deadline
+JITTER_MS = 1.0  # by which latency may differ from one day to the next, whatever the model
 SHOWN = 20  # devices whose reasons are kept with a decision
 
 
@@ -127,7 +128,7 @@ def gather(
         if t.accuracy is not None and t.accuracy_before is not None
     ]
     timed = [
-        t.latency_ms > d.latency_before * (1 + rules.max_latency_rise)
+        t.latency_ms > JITTER_MS + d.latency_before * (1 + rules.max_latency_rise)
         for d, t in running
         if t.latency_ms is not None and d.latency_before
     ]
@@ -197,7 +198,8 @@ def judge(
     if now < soaked:
         return Verdict.WAIT, f"{e.good} of {e.counted} devices run it well, it soaks"
     doubts = (0.0 if loss is None else loss.doubt, e.latency_doubt)
-    if max(doubts) >= DOUBTFUL and now < rollout.began_at + rules.deadline_s:
+    last = rollout.stage == len(rollout.stages) - 1  # nobody is spared by waiting
+    if max(doubts) >= DOUBTFUL and not last and now < rollout.began_at + rules.deadline_s:
         what = "accuracy" if doubts[0] >= DOUBTFUL else "latency"
         return Verdict.WAIT, f"{what} may have got worse: more reports are awaited"
     return Verdict.GO, f"{e.good} of {e.counted} devices run it well"

@@ -282,7 +282,7 @@ def test_a_doubtful_loss_is_waited_on_until_the_deadline():
 
 def test_latency_that_rises_on_most_devices_stops_it():
     phones = Class(devices(90))
-    phones.install(latency_ms=4.0)
+    phones.install(latency_ms=4.1)
     for name in phones.rollout.canaries:
         phones.devices[name] = replace(phones.devices[name], latency_before=2.0)
     step = phones.step(HOUR)
@@ -290,6 +290,22 @@ def test_latency_that_rises_on_most_devices_stops_it():
         "abort",
         "3 of 3 devices need more than 50 % longer than before",
     )
+
+
+def test_latency_that_rises_by_less_than_it_jitters_is_nothing():
+    phones = Class(devices(90))
+    phones.install(latency_ms=1.1)
+    for name in phones.rollout.canaries:
+        phones.devices[name] = replace(phones.devices[name], latency_before=0.1)
+    assert phones.step(HOUR).action == "advance"
+
+
+def test_a_doubt_does_not_hold_up_the_last_stage():
+    phones = Class(devices(3), ALL_AT_ONCE)
+    phones.install(accuracy=0.86, accuracy_before=0.92, samples=50, agreement=0.9)
+    step = phones.step()
+    assert step.evidence.accuracy.doubt > 0.8
+    assert step.action == "complete"
 
 
 def test_without_auto_a_person_advances_and_gates_still_stop():
