@@ -12,6 +12,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 2.0  # seconds between looks when nothing is reported
 REST_S = 0.2  # seconds after a look before the next: many reports at once are one look
+REST = 4.0  # and at least so many times what the look took: a large fleet's reports never end
 
 
 class Pacemaker:
@@ -25,7 +26,7 @@ class Pacemaker:
             listening: Whether devices can be heard.
         """
         self._rollouts, self._listening = rollouts, listening
-        self._wake, self._stopping = threading.Event(), False
+        self._wake, self._ending = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._beat, name="rollouts", daemon=True)
 
     def start(self) -> None:
@@ -38,15 +39,16 @@ class Pacemaker:
 
     def stop(self) -> None:
         """End after the look that is under way."""
-        self._stopping = True
+        self._ending.set()
         self._wake.set()
         self._thread.join()
 
     def _beat(self) -> None:
         last = ""
-        while not self._stopping:
+        while not self._ending.is_set():
             self._wake.wait(BEAT_S)
             self._wake.clear()
+            began = time.monotonic()
             try:
                 self._rollouts.tick(listening=self._listening())
                 last = ""
@@ -54,5 +56,6 @@ class Pacemaker:
                 if str(e) != last:
                     log.warning("rollouts: %s", e)
                 last = str(e)
-            if not self._stopping:
-                time.sleep(REST_S)
+            except Exception:  # gates that fell asleep would be worse than any error
+                log.exception("rollouts")
+            self._ending.wait(max(REST_S, REST * (time.monotonic() - began)))

@@ -72,7 +72,7 @@ class Registry(DeviceTables, RoundTables, LatencyTables, RolloutTables):
 
         Kept are the binaries of an open round, the last snapshots, and whatever was stored within
         the last `grace_s` (somebody may be about to refer to it); of telemetry, each device's last
-        report and the last `telemetry_s`.
+        report and the last `telemetry_s`; the devices of each class's last rollout.
 
         Returns:
             Bytes of files deleted.
@@ -88,6 +88,10 @@ class Registry(DeviceTables, RoundTables, LatencyTables, RolloutTables):
                 "DELETE FROM telemetry WHERE at < ? AND id NOT IN "
                 "(SELECT max(id) FROM telemetry GROUP BY device)",
                 [now - telemetry_s],
+            )
+            db.execute(
+                "DELETE FROM rollout_devices WHERE rollout NOT IN "
+                "(SELECT max(id) FROM rollouts GROUP BY class)"
             )
             db.execute(
                 """

@@ -351,6 +351,19 @@ def test_a_registry_from_a_backup_signs_over_what_came_after_it(tmp_path):
         assert (now.serial, now.candidate, now.paused) == (41, 1, True)
 
 
+def test_devices_of_rollouts_that_are_over_do_not_pile_up(fleet):
+    released(fleet)
+    fleet.publish(2)
+    fleet.rollouts.ensure(2, ["phone"])
+    fleet.registry.collect_garbage()
+    told = [
+        sum(d.told_at is not None for d in fleet.registry.rollout_devices("phone", n))
+        for n in (1, 2)
+    ]
+    assert told == [0, 1]
+    assert len(fleet.registry.rollout_log("phone")) > 2  # what was decided stays
+
+
 def test_what_could_not_be_signed_is_signed_later(tmp_path):
     full = [False]
 
