@@ -109,7 +109,7 @@ def test_help_lists_sub_commands_and_loads_none_of_them():
     ("arguments", "missing"),
     [
         (("agent", "predict", "--config", "agent.toml", "--input", "x.npy"), "onnxruntime"),
-        (("coordinator", "init"), "torch"),
+        (("coordinator", "serve"), "torch"),
         (("demo", "--rounds", "1"), "sklearn"),
         (("demo", "--help"), "fleetprune_sim"),
     ],

@@ -1,4 +1,4 @@
-"""Private keys as files: `keys/<role>-<n>.pem`, ed25519, encrypted where there is a passphrase.
+"""Private keys as files: `keys/<role>-*.pem`, ed25519, encrypted where there is a passphrase.
 
 Which role a key has is what the signed metadata says of its id; the names of files are for
 people. So a key that no role names (yet, or no longer) does no harm where it lies.
@@ -182,11 +182,10 @@ def write_key(path: Path, phrase: bytes | None = None) -> CryptoSigner:
 
 
 def add_key(folder: Path, role: str, phrase: bytes | None = None) -> CryptoSigner:
-    """Make one more key of a role in a repository's `keys/`."""
-    taken = [path.stem.rpartition("-")[2] for path in (folder / KEYS).glob(f"{role}-*.pem")]
-    number = max((int(n) for n in taken if n.isdecimal()), default=0) + 1
+    """Make one more key of a role in a repository's `keys/`, in a file named after its id."""
     signer = CryptoSigner.generate_ed25519()
-    write_atomic(folder / KEYS / f"{role}-{number}.pem", encoded(signer, phrase), mode=0o600)
+    path = folder / KEYS / f"{role}-{signer.public_key.keyid[:8]}.pem"
+    write_atomic(path, encoded(signer, phrase), mode=0o600)
     return signer
 
 

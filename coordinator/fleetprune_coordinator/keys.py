@@ -1,6 +1,6 @@
 """Making a release repository: its keys and the first signed metadata.
 
-    folder/keys/<role>-<n>.pem       private keys, mode 0600 in a folder of mode 0700
+    folder/keys/<role>-*.pem         private keys, mode 0600 in a folder of mode 0700
     folder/public/metadata/          what devices read: 1.root.json, N.targets.json, ...
     folder/public/targets/           the files themselves
 

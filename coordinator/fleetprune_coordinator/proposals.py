@@ -15,13 +15,14 @@ hash that was signed.
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
+from securesystemslib.formats import encode_canonical
+from securesystemslib.signer import CryptoSigner, Key  # type: ignore[attr-defined]
 from tuf.api.metadata import (  # type: ignore[attr-defined]  # tuf re-exports without saying so
     Metadata,
     Root,
@@ -204,6 +205,12 @@ class Proposal:
         roots = [self.root, *([self.root_before] if role == Root.type else [])]
         return {key_id for root in roots for key_id in root.roles[role].keyids}
 
+    def _keys(self) -> Iterator[Key]:
+        """Every key that would count for something."""
+        yield from self.root.keys.values()
+        if self.targets is not None and self.targets.delegations is not None:
+            yield from self.targets.delegations.keys.values()
+
     def _check(self) -> None:
         """TrustError if a person would sign something else than what the proposal shows."""
         before = self.root_before
@@ -219,6 +226,8 @@ class Proposal:
                     f"{self.folder}/{role}.json is version {proposed.signed.version}, "
                     f"expected {versions[role] + 1}: the one after before/{role}.json"
                 )
+        for key in self._keys():
+            _require_own_id(key)
         for path, info in self.new().items():
             if ".." in path.split("/"):
                 raise TrustError(f"target path {path!r} in {self.folder} leaves its folder")
@@ -265,6 +274,13 @@ def _chain(folder: Path) -> list[Metadata[Root]]:
     if not roots:
         raise ConfigError(f"{folder} holds no root.json")
     return roots
+
+
+def _require_own_id(key: Key) -> None:
+    """TrustError if a key goes by another id than that of its own content: people compare ids."""
+    content = {"keytype": key.keytype, "scheme": key.scheme, "keyval": key.keyval}
+    if hashlib.sha256(str(encode_canonical(content)).encode()).hexdigest() != key.keyid:
+        raise TrustError(f"key {key.keyid[:8]} is not the key that its id names")
 
 
 def _require_file(file: Path, info: TargetFile) -> None:

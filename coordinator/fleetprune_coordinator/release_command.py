@@ -170,18 +170,24 @@ def rotate(
     *,
     config: Config = FLEET_TOML,
     revoke: Annotated[
-        str | None,
-        typer.Option(metavar="KEYID", help="The key to retire; its first characters will do."),
+        list[str] | None,
+        typer.Option(
+            metavar="KEYID",
+            help="A key to retire, where there are several; its first characters will do. "
+            "May be repeated.",
+        ),
     ] = None,
     add: Annotated[
-        Path | None,
-        typer.Option(help="A public key (FILE.pub) made elsewhere by `release new-key`."),
+        list[Path] | None,
+        typer.Option(
+            help="A public key (FILE.pub) made elsewhere by `release keygen`. May be repeated."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Replace a key: devices refuse what the old one signs from then on."""
-    key = None if add is None else load_public_key(add)
-    _report(replace_key(_open(config), role, revoke, key), as_json=as_json)
+    keys = [load_public_key(path) for path in add or ()]
+    _report(replace_key(_open(config), role, revoke or (), keys), as_json=as_json)
 
 
 @app.command()
@@ -197,8 +203,8 @@ def renew(
     _report(sign_anew(_open(config), role), as_json=as_json)
 
 
-@app.command("new-key")
-def new_key(
+@app.command("keygen")
+def keygen(
     file: Annotated[Path, typer.Argument(help="To be made, with FILE.pub beside it.")],
     *,
     encrypt: Annotated[bool, typer.Option(help="Encrypt it with a passphrase.")] = True,
@@ -219,15 +225,17 @@ def _report(rotation: Rotation, *, as_json: bool) -> None:
         _tell(
             {
                 "role": rotation.role,
-                "retired": rotation.retired,
-                "added": rotation.added,
+                "retired": list(rotation.retired),
+                "added": list(rotation.added),
                 "pending": None if rotation.pending is None else str(rotation.pending),
             }
         )
         return
     what = f"{rotation.role}.json is signed anew"
-    if rotation.retired is not None and rotation.added is not None:
-        old, new = rotation.retired[: view.SHORT], rotation.added[: view.SHORT]
+    if rotation.retired:
+        old, new = (
+            " and ".join(k[: view.SHORT] for k in ids) for ids in (rotation.retired, rotation.added)
+        )
         what = f"Role {rotation.role}: key {new} in place of {old}"
     if rotation.pending is None:
         typer.echo(f"{what}, and published.")

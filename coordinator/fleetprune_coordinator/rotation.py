@@ -6,6 +6,7 @@ roots, each signed by the keys of the one before. What a retired key signs is re
 device that has seen the new root, and a device that was off sees it first of all.
 """
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +32,10 @@ class Rotation:
     """What came of `rotate` or `renew`."""
 
     role: str
-    retired: str | None
-    """Id of the key that counts no longer."""
-    added: str | None
-    """Id of the key that counts from now on."""
+    retired: tuple[str, ...]
+    """Ids of the keys that count no longer."""
+    added: tuple[str, ...]
+    """Ids of the keys that count from now on."""
     pending: Path | None
     """Where it waits for signatures; None: it is published."""
 
@@ -42,16 +43,16 @@ class Rotation:
 def rotate(
     repository: ReleaseRepository,
     role: str,
-    revoke: str | None = None,
-    add: SSlibKey | None = None,
+    revoke: Sequence[str] = (),
+    add: Sequence[SSlibKey] = (),
 ) -> Rotation:
-    """Replace a key of a role; the threshold stays.
+    """Replace keys of a role, as many by as many; the threshold stays.
 
     Args:
         repository: The release repository.
         role: Any of the six.
-        revoke: The first characters of the id of the key to retire; None: the only one.
-        add: A public key whose private half is elsewhere; None: a new pair is made in `keys/`.
+        revoke: The first characters of the ids of the keys to retire; empty: the only one.
+        add: Public keys whose private halves are elsewhere; empty: new ones are made in `keys/`.
 
     Raises:
         ConfigError: There is no such role or key, or it is not clear which.
@@ -62,20 +63,23 @@ def rotate(
     folder = repository.signed
     with folder.change() as state:
         retired = _which(role, state.key_ids(role), revoke)
+        if add and len(add) != len(retired):
+            raise ConfigError(f"{len(add)} keys to add, expected {len(retired)}: one for each")
         touched = {Root.type, Targets.type} if role == Targets.type else {Root.type}
         require_free(folder.folder, {Targets.type} if role in DELEGATED else touched)
-        if add is None:
+        if not add:
             phrase = folder.passphrase(folder.folder / "keys" / f"{role}.pem")
-            add = add_key(folder.folder, role, phrase).public_key
+            add = [add_key(folder.folder, role, phrase).public_key for _ in retired]
             folder.keys = load_keys(folder.folder, folder.passphrase)
         about = About(
             reason=f"another key for role {role}",
             resign=(role,) if role in DELEGATED else (),
-            retired=(retired,),
+            retired=retired,
         )
         documents = _replaced(folder, state, role, retired, add)
         proposal = _propose(folder, about, documents)
-    return Rotation(role, retired, add.keyid, _publish(repository, proposal))
+    added = tuple(key.keyid for key in add)
+    return Rotation(role, retired, added, _publish(repository, proposal))
 
 
 def renew(repository: ReleaseRepository, role: str) -> Rotation:
@@ -95,32 +99,47 @@ def renew(repository: ReleaseRepository, role: str) -> Rotation:
         signed = deepcopy(state.documents[role].signed)
         documents = {role: folder.draft(signed, state.key_ids(role))}
         proposal = _propose(folder, About(reason=f"a longer life for {role}.json"), documents)
-    return Rotation(role, None, None, _publish(repository, proposal))
+    return Rotation(role, (), (), _publish(repository, proposal))
 
 
-def _which(role: str, key_ids: list[str], revoke: str | None) -> str:
-    found = [k for k in key_ids if revoke is None or k.startswith(revoke)]
-    if len(found) == 1:
-        return found[0]
+def _which(role: str, key_ids: list[str], revoke: Sequence[str]) -> tuple[str, ...]:
+    """Ids of the keys that are meant."""
     named = ", ".join(k[:8] for k in key_ids)
-    if revoke is None:
-        raise ConfigError(f"role {role} has {len(key_ids)} keys: say which to revoke of {named}")
-    what = "no key" if not found else "several keys"
-    raise ConfigError(f"{what} of role {role} begin with {revoke}, expected one of: {named}")
+    if not revoke:
+        if len(key_ids) > 1:
+            raise ConfigError(
+                f"role {role} has {len(key_ids)} keys: say which to revoke of {named}"
+            )
+        return tuple(key_ids)
+    found = []
+    for start in revoke:
+        fitting = [k for k in key_ids if k.startswith(start)]
+        if len(fitting) != 1:
+            what = "several keys" if fitting else "no key"
+            raise ConfigError(
+                f"{what} of role {role} with an id that begins with {start}, expected one of: "
+                f"{named}"
+            )
+        found += fitting
+    return tuple(dict.fromkeys(found))
 
 
 def _replaced(
-    folder: SignedFolder, state: State, role: str, retired: str, added: SSlibKey
+    folder: SignedFolder,
+    state: State,
+    role: str,
+    retired: Sequence[str],
+    added: Sequence[SSlibKey],
 ) -> dict[str, Metadata[Any]]:
-    """What must be signed so that one key counts in place of another."""
-    targets = deepcopy(state.content[Targets.type])
+    """What must be signed so that some keys count in place of others."""
+    targets, root = deepcopy(state.content[Targets.type]), deepcopy(state.root)
+    of = targets if role in DELEGATED else root
+    for key_id in retired:
+        of.revoke_key(key_id, role)
+    for key in added:
+        of.add_key(key, role)
     if role in DELEGATED:
-        targets.revoke_key(retired, role)
-        targets.add_key(added, role)
         return {Targets.type: folder.draft(targets, state.key_ids(Targets.type))}
-    root = deepcopy(state.root)
-    root.revoke_key(retired, role)
-    root.add_key(added, role)
     both = dict.fromkeys([*state.key_ids(Root.type), *root.roles[Root.type].keyids])
     documents: dict[str, Metadata[Any]] = {Root.type: folder.draft(root, both)}
     if role == Targets.type:

@@ -286,6 +286,8 @@ def _keep_fresh(coordinator: Coordinator, stop: threading.Event) -> None:
     """Serve blocks and telemetry until stopped; sign new timestamps before the old expire."""
     while not stop.wait(REFRESH_S):
         coordinator.repository.refresh_timestamp()
+        for line in coordinator.repository.expiring():
+            log.warning(line)
         coordinator.registry.collect_garbage()
 
 

@@ -252,6 +252,7 @@ class SignedFolder:
 
     def expiring(self) -> list[str]:
         """A line for each role whose metadata runs out and that cannot be signed here."""
+        self.keys = load_keys(self.folder, self.passphrase)
         state, lines = self.load(), []
         for role in OFFLINE:
             signed = state.documents[role].signed

@@ -105,6 +105,18 @@ class MemoryRepository:
         self.timestamp.version += 1
         self.timestamp.snapshot_meta.version = self.snapshot.version
 
+    def replace_key(self, role: str) -> CryptoSigner:
+        """A new key for a role other than root; returns the retired one."""
+        retired, self.signers[role] = self.signers[role], CryptoSigner.generate_ed25519()
+        of = self.targets if role in DELEGATED else self.root
+        of.revoke_key(retired.public_key.keyid, role)
+        of.add_key(self.signers[role].public_key, role)
+        if of is self.root:
+            self.root.version += 1
+            self.blobs[f"metadata/{self.root.version}.root.json"] = self.signed(self.root)
+        self.bump()
+        return retired
+
     def release(
         self,
         number: int,
