@@ -119,7 +119,11 @@ class Rollouts:
         rollout = self._add(name, release, stages, named, salt)
         view = self.ledger.view(rollout)
         step = begin(rollout, view)
-        step = replace(step, reason=_join(reason, step.reason))
+        said = _join(reason, step.reason)
+        if old is not None and old.status is Status.PAUSED and who == AUTOMATIC:
+            said = _join(said, f"paused, as that of {old.candidate} was")
+            step = replace(step, rollout=self._set(step.rollout, Status.PAUSED, said).rollout)
+        step = replace(step, reason=said)
         self.ledger.write("start", who, step, view)
         return Changed(name, release, True, step.reason)
 

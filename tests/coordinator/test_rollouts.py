@@ -207,6 +207,21 @@ def test_a_newer_release_takes_the_place_of_one_that_is_under_way(fleet):
     assert fleet.repository.rollout("phone").stable == 3
 
 
+def test_a_release_that_replaces_a_paused_one_by_itself_is_paused_too(fleet):
+    released(fleet)
+    fleet.publish(2)
+    fleet.rollouts.ensure(2, ["phone"])
+    fleet.rollouts.pause(who=PERSON)
+    fleet.publish(3)
+    fleet.rollouts.ensure(3, ["phone"])
+    now = fleet.repository.rollout("phone")
+    assert (now.candidate, now.paused) == (3, True)
+    assert fleet.registry.rollout_log("phone")[-1].reason.endswith("; paused, as that of 2 was")
+    fleet.rollouts.resume(who=PERSON)
+    fleet.finish()
+    assert fleet.repository.rollout("phone").stable == 3
+
+
 def test_a_return_to_an_older_release(fleet):
     released(fleet)
     fleet.publish(2)
