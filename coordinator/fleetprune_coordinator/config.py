@@ -25,6 +25,7 @@ from fleetprune.mqtt import BrokerSettings
 from fleetprune.patterns import Granularity, Pattern
 from fleetprune.schedule import Schedule
 from fleetprune_coordinator.imports import import_object
+from fleetprune_coordinator.rollout_config import RolloutConfig
 from fleetprune_coordinator.score_merge import ScoreMerge
 
 Dotted = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
@@ -364,6 +365,7 @@ class FleetConfig(Section):
     """Cuts at once unless it says otherwise."""
     pruning: PruningConfig = Field(default_factory=PruningConfig)
     release: ReleaseConfig = Field(default_factory=ReleaseConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     classes: dict[Name, ClassConfig] = Field(min_length=1)
     access: AccessConfig = Field(default_factory=AccessConfig)
     join: JoinConfig | None = None

@@ -37,6 +37,8 @@ from fleetprune_coordinator.registry import Registry
 from fleetprune_coordinator.release_deltas import deltas_to
 from fleetprune_coordinator.releases import ReleaseContent, ReleaseRepository
 from fleetprune_coordinator.resize import read
+from fleetprune_coordinator.rollout_ledger import RolloutLedger
+from fleetprune_coordinator.rollouts import Rollouts
 from fleetprune_coordinator.rounds import Rounds
 from fleetprune_coordinator.snapshot import Snapshot, Tensors
 from fleetprune_coordinator.tightening import Watch, narrowest_accuracy
@@ -146,6 +148,10 @@ class Coordinator:
         )
         params, stats = read(self.network)
         try:
+            self.rollouts = Rollouts(
+                RolloutLedger(self.registry, self.repository, config.rollout, events, now)
+            )
+            self.rollouts.ledger.reconcile()
             timing = None
             if times:
                 of = config.pruning.precision
@@ -237,14 +243,16 @@ class Coordinator:
         return accuracy(artifact.onnx, self.test.x, self.test.y)
 
     def release(self) -> dict[str, Released]:
-        """Extract, check, sign and publish a model for every class, all in one step.
+        """Extract, check, sign and publish a model for every class, and begin to roll it out.
 
-        Where every class's file is byte for byte the one that is out already (a coordinator that
-        was restarted after its release), nothing is published and that release stands.
+        Where every class's file is byte for byte that of the last release (a coordinator that was
+        restarted after it), nothing is published and that release stands, whatever has become of
+        its rollout.
         """
         judged = {name: self._judged(name) for name in self.config.classes}
         artifacts = {name: artifact for name, (artifact, _) in judged.items()}
-        standing = {name: self.repository.manifest(name) for name in artifacts}
+        latest = self.repository.latest_release()
+        standing = {name: self.repository.manifest(name, latest) for name in artifacts}
         manifests = {
             name: manifest
             for name, manifest in standing.items()
@@ -253,6 +261,7 @@ class Coordinator:
         if manifests.keys() != artifacts.keys():
             manifests = self._publish(artifacts)
         self._note(manifests, {name: verdict for name, (_, verdict) in judged.items()})
+        self.rollouts.ensure(max(m.release for m in manifests.values()), manifests)
         return {name: Released(m, artifacts[name]) for name, m in manifests.items()}
 
     def _publish(self, artifacts: Mapping[str, Artifact]) -> dict[str, Manifest]:
@@ -277,7 +286,7 @@ class Coordinator:
         }
         self._check_stop()
         number = self.repository.latest_release() + 1
-        return self.repository.publish_release(number, contents, to_all=True)
+        return self.repository.publish_release(number, contents)
 
     def _deltas(self, name: str, artifact: Artifact) -> tuple[tuple[str, bytes], ...]:
         self._check_stop()

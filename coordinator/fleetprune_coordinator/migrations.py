@@ -231,3 +231,74 @@ def m0006_precision(db: Database) -> None:
     )
     db.execute("DROP TABLE old_latency_tables")
     db.execute("ALTER TABLE latency_points ADD COLUMN precision TEXT NOT NULL DEFAULT 'float32'")
+
+
+@migrations()
+def m0007_rollouts(db: Database) -> None:
+    """Which release is on its way to whom, what devices are told, and who decided what and why."""
+    db.create_table(
+        "rollouts",
+        {
+            "id": int,
+            "class": str,
+            "candidate": int,
+            "stable": int,
+            "stages": str,
+            "salt": str,
+            "canaries": str,
+            "started_at": float,
+            "began_at": float,
+            "stage": int,
+            "status": str,
+            "reason": str,
+            "held": int,
+            "changed_at": float,
+            "listened_at": float,
+        },
+        pk="id",
+        foreign_keys=[("class", "classes", "name")],
+        not_null={"class", "candidate", "stable", "stages", "stage", "status", "started_at"},
+    )
+    db.execute(
+        "CREATE UNIQUE INDEX one_open_rollout ON rollouts (class) "
+        "WHERE status IN ('running', 'paused')"
+    )
+    db.create_table(
+        "rollout_devices",
+        {
+            "rollout": int,
+            "device": int,
+            "told_at": float,
+            "committed_at": float,
+            "latency_before": float,
+        },
+        pk=("rollout", "device"),
+        foreign_keys=[("rollout", "rollouts", "id"), ("device", "devices", "id")],
+        not_null={"told_at"},
+    )
+    # What is to be signed: committed before it is published, and published again after a kill.
+    db.create_table(
+        "rollout_documents",
+        {"class": str, "json": str},
+        pk="class",
+        foreign_keys=[("class", "classes", "name")],
+        not_null={"json"},
+    )
+    db.create_table(
+        "rollout_log",
+        {
+            "id": int,
+            "at": float,
+            "class": str,
+            "rollout": int,
+            "release": int,
+            "action": str,
+            "who": str,
+            "reason": str,
+            "evidence": str,
+        },
+        pk="id",
+        not_null={"at", "class", "release", "action", "who", "reason", "evidence"},
+    )
+    _index(db, "rollout_log", "class")
+    _index(db, "rollout_log", "rollout")

@@ -8,13 +8,14 @@ state/blobs/<sha256>  models, results, snapshots
 from fleetprune_coordinator.device_tables import DeviceTables
 from fleetprune_coordinator.latency_tables import LatencyTables
 from fleetprune_coordinator.records import EventRecord, ReleaseRecord
+from fleetprune_coordinator.rollout_tables import RolloutTables
 from fleetprune_coordinator.round_tables import RoundTables
 
 DAY = 24 * 3600.0  # seconds
 
 
-class Registry(DeviceTables, RoundTables, LatencyTables):
-    """Devices, rounds, latencies, releases and events; safe to use from several threads."""
+class Registry(DeviceTables, RoundTables, LatencyTables, RolloutTables):
+    """All tables; safe to use from several threads."""
 
     def add_release(self, *releases: ReleaseRecord) -> None:
         """Store what one or several releases are for their classes, all or none.
@@ -71,7 +72,7 @@ class Registry(DeviceTables, RoundTables, LatencyTables):
 
         Kept are the binaries of an open round, the last snapshots, and whatever was stored within
         the last `grace_s` (somebody may be about to refer to it); of telemetry, each device's last
-        report and the last `telemetry_s`.
+        report and the last `telemetry_s`; the devices of each class's last rollout.
 
         Returns:
             Bytes of files deleted.
@@ -87,6 +88,10 @@ class Registry(DeviceTables, RoundTables, LatencyTables):
                 "DELETE FROM telemetry WHERE at < ? AND id NOT IN "
                 "(SELECT max(id) FROM telemetry GROUP BY device)",
                 [now - telemetry_s],
+            )
+            db.execute(
+                "DELETE FROM rollout_devices WHERE rollout NOT IN "
+                "(SELECT max(id) FROM rollouts GROUP BY class)"
             )
             db.execute(
                 """

@@ -7,21 +7,25 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fleetprune.errors import ConfigError, TransportError
+from fleetprune.errors import ConfigError
 from fleetprune.files import write_atomic
 from fleetprune.messages import Enrol, Telemetry
 from fleetprune.mqtt import Phase
 from fleetprune_coordinator.access import ACCESS, Access, open_access
 from fleetprune_coordinator.config import FleetConfig
+from fleetprune_coordinator.control import ControlServer
 from fleetprune_coordinator.coordinator import Coordinator, Released
 from fleetprune_coordinator.doorman import Doorman
 from fleetprune_coordinator.events import EventLog
 from fleetprune_coordinator.hub import Hub, Outcome
 from fleetprune_coordinator.join_server import JoinServer, welcome
 from fleetprune_coordinator.mqtt_grid import MqttGrid
+from fleetprune_coordinator.orders import obey
+from fleetprune_coordinator.pacemaker import Pacemaker
 from fleetprune_coordinator.road_access import smaller_classes
 from fleetprune_coordinator.strategy import NestedStrategy, run_app, server_app
 from fleetprune_coordinator.summary import summarise
@@ -30,7 +34,6 @@ log = logging.getLogger(__name__)
 
 REFRESH_S = 3600.0  # seconds between new timestamps; they live for a day
 CONNECT_S = 30.0  # seconds for the first connection to the broker
-INSTALL_WAIT_S = 120.0  # seconds that `--until-released` waits for the devices to install
 POLL_S = 0.1  # seconds between looks at what devices have reported
 
 
@@ -52,6 +55,7 @@ class Server:
         self._events = coordinator.events
         self._stop = stop
         config = coordinator.config
+        self.rollouts = coordinator.rollouts
         self._registry.set_all_offline()
         self.hub = Hub(
             config.broker,
@@ -65,6 +69,8 @@ class Server:
             doorman=None if access is None else Doorman(access.gate, self._smaller, access.renew),
         )
         self.hub.watch(self._outcome)
+        self.rollouts.ledger.announce = self.hub.announce_release
+        self.pacemaker = Pacemaker(self.rollouts, lambda: self.hub.connection.phase is Phase.UP)
         self._counted: dict[str, tuple[int, int]] = {}
         self._last = time.monotonic()
         self._installed = {
@@ -99,6 +105,7 @@ class Server:
         if self._registry.device(telemetry.device) is None:
             return
         self._registry.record_telemetry(telemetry)
+        self.pacemaker.wake()
         key = (telemetry.device, telemetry.release)
         if telemetry.state == "committed" and telemetry.release and key not in self._installed:
             self._installed.add(key)
@@ -209,18 +216,18 @@ class Server:
             total_down += down - seen_down
         return total_up, total_down
 
-    def wait_for_installs(self, release: int, timeout_s: float) -> list[str]:
-        """Wait until every device that is online runs a release; returns those that do not."""
-        deadline = time.monotonic() + timeout_s
-        while missing := [
-            d.name
-            for d in self._registry.devices(online=True)
-            if (d.name, release) not in self._installed
-        ]:
-            if time.monotonic() > deadline:
-                return missing
+    def summarise(self, released: Mapping[str, Released], wall_s: float) -> dict[str, Any]:
+        """Write and return the summary of a run, and each class's model beside it."""
+        config = self._coordinator.config
+        self.count_traffic(config.training.rounds)
+        summary = summarise(self._coordinator, released, engine="mqtt", wall_s=wall_s)
+        write_results(config, released, summary)
+        return summary
+
+    def wait_until_released(self, release: int) -> None:
+        """Wait until a release has gone through its stages; RolloutError if it was stopped."""
+        while not self.rollouts.ended(release):
             self._pause(POLL_S)
-        return []
 
 
 def _check(stop: threading.Event) -> None:
@@ -233,13 +240,18 @@ def _ignore(result: object) -> None:
 
 
 @contextmanager
-def serving(hub: Hub) -> Iterator[None]:
-    """A started hub, stopped at the end."""
-    hub.start()
+def serving(server: Server, state: Path) -> Iterator[None]:
+    """A started hub, rollouts that go on, and the control socket; stopped at the end."""
+    server.hub.start()
     try:
-        yield
+        with ControlServer(state, partial(obey, server.rollouts)):
+            server.pacemaker.start()
+            try:
+                yield
+            finally:
+                server.pacemaker.stop()
     finally:
-        hub.stop()
+        server.hub.stop()
 
 
 @contextmanager
@@ -279,7 +291,7 @@ def serve(
         config: The fleet.
         stop: Ends it within seconds; the next start goes on from there.
         events: File that events are appended to.
-        until_released: End when every device that is online has installed the release.
+        until_released: End when the rollout of the release is complete.
 
     Returns:
         The summary, which also lies in `summary.json` beside the state folder.
@@ -295,27 +307,21 @@ def serve(
         opened(config) as access,
     ):
         server = Server(coordinator, stop, access)
-        with serving(server.hub):
+        with serving(server, config.state):
             server.connect()
             coordinator.events.emit("serving", fleet=config.fleet, pid=os.getpid())
             server.train()
             released = coordinator.release()
             number = next(iter(released.values())).manifest.release
-            server.hub.announce_release(number)
-            missing = []
+            server.hub.announce_release(number)  # again: a predecessor may not have got to it
             if until_released:
                 server.wait_for_devices()  # after a restart nobody may have come back yet
-                missing = server.wait_for_installs(number, INSTALL_WAIT_S)
-            server.count_traffic(config.training.rounds)
-            summary = summarise(
-                coordinator, released, engine="mqtt", wall_s=time.monotonic() - start
-            )
-            write_results(config, released, summary)
-            if missing:
-                raise TransportError(
-                    f"release {number} is not installed on {', '.join(missing)} "
-                    f"after {INSTALL_WAIT_S:g} s"
-                )
+                try:
+                    server.wait_until_released(number)
+                finally:
+                    summary = server.summarise(released, time.monotonic() - start)
+            else:
+                summary = server.summarise(released, time.monotonic() - start)
             coordinator.events.emit("done", summary=str(config.state.parent / "summary.json"))
             if not until_released:
                 _keep_fresh(coordinator, stop)

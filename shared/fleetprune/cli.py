@@ -43,6 +43,16 @@ SUB_COMMANDS = {
         "coordinator",
         "Look at, sign and verify what devices trust.",
     ),
+    "rollout": SubCommand(
+        "fleetprune_coordinator.rollout_command",
+        "coordinator",
+        "Roll releases out in stages, stop them, or go back.",
+    ),
+    "device": SubCommand(
+        "fleetprune_coordinator.device_command",
+        "coordinator",
+        "Look at devices: what each runs, and why.",
+    ),
     "access": SubCommand(
         "fleetprune_coordinator.access_command",
         "coordinator",

@@ -14,7 +14,8 @@
     ├── GraphError            an ONNX graph that cannot be made, loaded or trusted on this machine
     ├── TransportError        the broker or the peer cannot be reached or does not answer
     ├── InstallError          a release could not be staged, checked or switched to
-    └── RegistryError         the coordinator's database refuses what was asked
+    ├── RegistryError         the coordinator's database refuses what was asked
+    └── RolloutError          a release was stopped on its way, or its rollout cannot be changed so
 
 A message names what was got, what was expected and what to do, in one line.
 """
@@ -78,3 +79,7 @@ class InstallError(FleetpruneError):
 
 class RegistryError(FleetpruneError):
     """The coordinator's database refuses what was asked."""
+
+
+class RolloutError(FleetpruneError):
+    """A release was stopped on its way to devices, or its rollout cannot be changed like this."""

@@ -207,6 +207,7 @@ def write_fleet(
         },
         "data": {"test": "test.npz"},
         "training": {**task.training, **training},
+        "rollout": {"stages": [1.0], "soak_s": 0.0},  # to everybody at once
         "classes": {
             group.name: {"macs_share": group.macs_share, "trains": group.trains}
             for group in classes

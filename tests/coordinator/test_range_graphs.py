@@ -53,8 +53,9 @@ def devices() -> dict[str, LoopDevice]:
 
 
 def reasons(events) -> dict[str, str]:
-    last = json.loads(events.read_text().splitlines()[-1])
-    return {name: told["int8"]["reason"] for name, told in last["classes"].items()}
+    told = map(json.loads, events.read_text().splitlines())
+    (*_, release) = (event for event in told if event["event"] == "release")
+    return {name: one["int8"]["reason"] for name, one in release["classes"].items()}
 
 
 def test_auto_ships_float32_and_says_why(tmp_path, caplog):

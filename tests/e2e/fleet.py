@@ -127,6 +127,7 @@ class Fleet:
         self.root, self._hidden = root, hidden
         self.patience_s = WAIT_S
         self.broker = self._make_broker()
+        self.rollout = {"stages": [1.0], "soak_s": 0.0}  # to everybody at once
         self.training = {
             "rounds": 3,
             "devices_per_round": 3,
@@ -186,6 +187,7 @@ class Fleet:
             },
             "data": {"test": "test.npz"},
             "training": self.training,
+            "rollout": self.rollout,
             "classes": {name: {"macs_share": share} for name, share in CLASSES.items()},
         }
         (self.root / "fleet.toml").write_text(to_toml(config))
