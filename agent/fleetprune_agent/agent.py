@@ -187,6 +187,7 @@ class Agent:
             acknowledge=self._acknowledge,
             traffic=lambda: Traffic(self._connection.bytes_sent, self._connection.bytes_received),
             stopped=stop.is_set,
+            may_fetch=lambda size: config.pacing.may_fetch(self._now().astimezone(), size),
         )
 
         def tidy() -> None:

@@ -46,7 +46,7 @@ class Duties:
         deliver: Keeps something in the outbox.
         acknowledge: Tells the coordinator what became of a task.
         traffic: Bytes on the wire so far.
-        may_fetch: Why no release may be downloaded now; empty: it may.
+        may_fetch: Why a release of so many bytes may not be downloaded now; empty: it may.
         stopped: Whether the agent ends.
         trial: Where a release is tried; None: in a process of its own.
     """
@@ -60,7 +60,7 @@ class Duties:
     deliver: Callable[[Kind, str, bytes], None]
     acknowledge: Callable[[TaskAck], None]
     traffic: Callable[[], Traffic]
-    may_fetch: Callable[[], str] = lambda: ""
+    may_fetch: Callable[[int], str] = lambda _bytes: ""
     stopped: Callable[[], bool] = lambda: False
     trial: Trial | None = None
 

@@ -45,6 +45,15 @@ def room_needed(repository: TrustedRepository, manifest: Manifest) -> int:
     return manifest.size + repository.describe(manifest.golden).size
 
 
+def bytes_to_fetch(
+    repository: TrustedRepository, manifest: Manifest, active: Installed | None
+) -> int:
+    """Bytes that a release takes over the link, as far as can be told beforehand."""
+    base = None if active is None else active.manifest.sha256
+    deltas = [d.size for d in manifest.deltas if d.base == base]
+    return min([manifest.size, *deltas]) + repository.describe(manifest.golden).size
+
+
 @dataclass(frozen=True, slots=True)
 class Fetch:
     """Puts `MODEL` and `GOLDEN` into a staged slot, complete and verified.

@@ -23,7 +23,14 @@ from fleetprune.files import free_bytes
 from fleetprune.manifest import Manifest
 from fleetprune.rollout import Rollout
 from fleetprune_agent.compatibility import Machine, shortfall, this_machine, undemanding
-from fleetprune_agent.fetch import ApplyDelta, Fetch, apply_lazily, is_there, room_needed
+from fleetprune_agent.fetch import (
+    ApplyDelta,
+    Fetch,
+    apply_lazily,
+    bytes_to_fetch,
+    is_there,
+    room_needed,
+)
 from fleetprune_agent.journal import Phase
 from fleetprune_agent.slot_files import MODEL, Installed
 from fleetprune_agent.slots import MAX_STARTS, Slots
@@ -54,7 +61,7 @@ class Checks:
     """Where a release is tried: `InChild()` on a device."""
     machine: Callable[[], Machine] = this_machine
     """What models may require."""
-    may_fetch: Callable[[], str] = lambda: ""
+    may_fetch: Callable[[int], str] = lambda _bytes: ""
     """Why nothing large may be downloaded now; empty: it may."""
     apply_delta: ApplyDelta = apply_lazily
 
@@ -246,7 +253,8 @@ class _Attempt:
             )
             self._note(Phase.WANTED, reason=why)
             raise InstallError(why)
-        return self.checks.may_fetch()
+        active = self.slots.active()
+        return self.checks.may_fetch(bytes_to_fetch(self.repository, manifest, active))
 
     def _fetch(self, manifest: Manifest) -> Path:
         self._note(Phase.DOWNLOADING)

@@ -272,6 +272,8 @@ class ClassConfig(Section):
     ram_bytes: int | None = Field(default=None, gt=0)
     macs: int | None = Field(default=None, gt=0)
     latency_ms: float | None = Field(default=None, gt=0)
+    rss_mb: float | None = Field(default=None, gt=0)
+    """Memory that loading and running the model may add to a process: measured on each device."""
     flash_share: Share | None = None
     ram_share: Share | None = None
     macs_share: Share | None = None
@@ -317,6 +319,8 @@ class ReleaseConfig(Section):
     devices that have this one; and make these files."""
     licence: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9 .+()-]{0,64}$")] = ""
     """Of the models, an SPDX expression."""
+    min_agreement: float | None = Field(default=None, ge=0, le=1)
+    """Share of a device's recent samples on which a release must say what the one before said."""
 
 
 class AccessConfig(Section):

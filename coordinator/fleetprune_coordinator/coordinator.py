@@ -32,6 +32,7 @@ from fleetprune_coordinator.int8 import Verdict, choose_file
 from fleetprune_coordinator.keys import RELEASES
 from fleetprune_coordinator.plan import Planner
 from fleetprune_coordinator.policy import Policy
+from fleetprune_coordinator.provenance import next_smaller, requirements, training_record
 from fleetprune_coordinator.records import ReleaseRecord
 from fleetprune_coordinator.registry import Registry
 from fleetprune_coordinator.release_deltas import deltas_to
@@ -266,6 +267,8 @@ class Coordinator:
 
     def _publish(self, artifacts: Mapping[str, Artifact]) -> dict[str, Manifest]:
         config = self.config
+        shapes = self.rounds.model.shapes
+        smaller = next_smaller({name: shapes[name] for name in artifacts})
         contents = {
             name: ReleaseContent(
                 onnx=artifact.onnx,
@@ -273,13 +276,24 @@ class Coordinator:
                 deltas=self._deltas(name, artifact),
                 input_shape=config.model.input_shape,
                 tolerance=artifact.tolerance,
+                requires=requirements(artifact.onnx),
+                smaller=smaller.get(name),
                 max_latency_ms=config.classes[name].latency_ms,
+                max_rss_mb=config.classes[name].rss_mb,
+                min_agreement=config.release.min_agreement,
                 labels=config.model.labels,
                 macs=artifact.costs.macs,
                 peak_activation_bytes=artifact.costs.peak_activation_bytes,
                 accuracy=self.accuracy(artifact),
+                samples=0 if self.test is None else len(self.test.y),
                 round=config.training.rounds,
                 mask_version=self.rounds.model.mask_version,
+                training=training_record(
+                    self.registry,
+                    criterion=str(config.training.criterion),
+                    granularity=str(config.pruning.granularity),
+                    precision="int8" if artifact.int8 else "float32",
+                ),
                 licence=config.release.licence,
             )
             for name, artifact in artifacts.items()

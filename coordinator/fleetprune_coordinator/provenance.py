@@ -1,8 +1,11 @@
 """What a release says of itself: what it needs to run, and where it came from."""
 
+from collections.abc import Mapping
+
 import onnx
 
 from fleetprune.errors import GraphError
+from fleetprune.layout import KeepCounts
 from fleetprune.manifest import Requirements, Training
 from fleetprune_coordinator.registry import Registry
 
@@ -31,6 +34,27 @@ def requirements(model: bytes, *, agent_version: str = "0") -> Requirements:
         )
     opset = max((opsets[d] for d in _DEFAULT_DOMAINS if d in opsets), default=1)
     return Requirements(opset=opset, ir_version=parsed.ir_version, agent_version=agent_version)
+
+
+def next_smaller(shapes: Mapping[str, KeepCounts]) -> dict[str, str]:
+    """Where devices turn whose own class's model fails there.
+
+    Args:
+        shapes: Keep counts of every class.
+
+    Returns:
+        Class to the widest class that lies within it and is smaller; no entry where there is none.
+    """
+    found = {}
+    for name, own in shapes.items():
+        inside = [
+            other
+            for other, shape in shapes.items()
+            if dict(shape) != dict(own) and all(shape[group] <= own[group] for group in own)
+        ]
+        if inside:
+            found[name] = max(inside, key=lambda other: sum(shapes[other].values()))
+    return found
 
 
 def training_record(

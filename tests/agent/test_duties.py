@@ -237,10 +237,10 @@ def test_samples_seen_in_service_are_used_where_they_are_kept(bench, tmp_path):
 
 def test_a_release_that_may_not_be_fetched_now_is_said_to_wait(bench):
     bench.released.release(1)
-    bench.duties = replace(bench.duties, may_fetch=lambda: "quiet hours until 06:00")
+    bench.duties = replace(bench.duties, may_fetch=lambda _bytes: "quiet hours until 06:00")
     assert bench.duties.refresh()
     assert (last(bench).release, last(bench).postponed) == (0, "quiet hours until 06:00")
-    bench.duties = replace(bench.duties, may_fetch=lambda: "")
+    bench.duties = replace(bench.duties, may_fetch=lambda _bytes: "")
     assert bench.duties.refresh()
     assert (last(bench).release, last(bench).postponed) == (1, "")
 

@@ -102,7 +102,7 @@ def test_reports_say_what_became_of_the_release_that_is_wanted(tmp_path):
     told = sent(device.slots)
     assert (told.plan, told.failed, told.variant, told.crashes) == (1, 0, None, 0)
     device.repository.release(2)
-    device.install(Checks(may_fetch=lambda: "a metered link"))
+    device.install(Checks(may_fetch=lambda _bytes: "a metered link"))
     told = sent(device.slots)
     assert (told.plan, told.release, told.state) == (2, 1, "committed")
     assert (told.postponed, told.error) == ("a metered link", "")

@@ -7,7 +7,7 @@ from onnx import TensorProto, helper
 from fleetprune.errors import GraphError
 from fleetprune.manifest import Requirements, Training
 from fleetprune.messages import Blob, Enrol, GraphRef, Task, TaskKind
-from fleetprune_coordinator.provenance import requirements, training_record
+from fleetprune_coordinator.provenance import next_smaller, requirements, training_record
 from fleetprune_coordinator.records import MaskRecord, Phase
 from fleetprune_coordinator.registry import Registry
 
@@ -36,6 +36,21 @@ def test_the_other_name_of_the_default_operators():
     model = onnx.load_from_string(relu())
     model.graph.node[0].domain = model.opset_import[0].domain = "ai.onnx"
     assert requirements(model.SerializeToString()).opset == 18
+
+
+def test_where_devices_turn_whose_model_fails():
+    shapes = {
+        "gateway": {"a": 8, "b": 8},
+        "phone": {"a": 4, "b": 6},
+        "twin": {"a": 4, "b": 6},
+        "watch": {"a": 2, "b": 2},
+        "odd": {"a": 1, "b": 7},
+    }
+    assert next_smaller(shapes) == {
+        "gateway": "phone",
+        "phone": "watch",
+        "twin": "watch",
+    }
 
 
 def test_where_a_model_came_from(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from fleetprune.errors import TransportError
 from fleetprune.mqtt import Connection
-from fleetprune_sim.broker import EmbeddedBroker, _accepts, embedded_broker
+from fleetprune_sim.broker import EmbeddedBroker, embedded_broker
 from tests.brokers import KINDS
 
 
@@ -32,7 +32,7 @@ def test_runs_on_loopback_and_is_gone_afterwards(tmp_path, kind):
         )
         if listening.returncode == 0 and listening.stdout:
             assert all("127.0.0.1:" in line for line in listening.stdout.splitlines())
-    assert not _accepts(settings.port)
+    assert not _answers(settings.port)
     assert (tmp_path / f"{kind}.log").exists()
 
 
@@ -41,9 +41,9 @@ def test_starts_again_on_the_same_port(tmp_path, kind):
     broker = EmbeddedBroker(tmp_path, kind=kind)
     broker.start()
     broker.kill()
-    assert not _accepts(broker.settings.port)
+    assert not _answers(broker.settings.port)
     broker.start()
-    assert _accepts(broker.settings.port)
+    assert _answers(broker.settings.port)
     broker.stop()
     broker.stop()
 
@@ -64,3 +64,11 @@ def test_the_port_can_be_chosen(tmp_path):
         port = probe.getsockname()[1]
     with embedded_broker(tmp_path, port) as settings:
         assert settings.port == port
+
+
+def _answers(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
