@@ -33,7 +33,7 @@ check: .venv/.dev
 	@echo 'import boundaries'; $(BIN)/pytest tests/test_boundaries.py
 
 bench: .venv/.dev
-	@set -e; for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file"; done
+	@set -e; for file in benchmarks/*.py; do echo "$$file"; PYTHONPATH=. $(BIN)/python "$$file"; done
 
 NETS ?= 2000
 
