@@ -114,7 +114,7 @@ def _state(process, thread):
 class Fleet:
     """Broker, coordinator and devices; leaving the context kills them all."""
 
-    def __init__(self, root, *, starts=1, hidden=32, samples=None, **training):
+    def __init__(self, root, *, starts=1, hidden=32, samples=None, deltas=True, **training):
         """Write everybody's configuration and data.
 
         Args:
@@ -122,12 +122,14 @@ class Fleet:
             starts: How often the coordinator will be started.
             hidden: Width of the model.
             samples: Of single devices, where not `SAMPLES`.
+            deltas: Whether releases come with deltas.
             training: Keys of the table `training`.
         """
         self.root, self._hidden = root, hidden
         self.patience_s = WAIT_S
         self.broker = self._make_broker()
         self.rollout = {"stages": [1.0], "soak_s": 0.0}  # to everybody at once
+        self._deltas = deltas
         self.training = {
             "rounds": 3,
             "devices_per_round": 3,
@@ -188,6 +190,7 @@ class Fleet:
             "data": {"test": "test.npz"},
             "training": self.training,
             "rollout": self.rollout,
+            "release": {"deltas": self._deltas},
             "classes": {name: {"macs_share": share} for name, share in CLASSES.items()},
         }
         (self.root / "fleet.toml").write_text(to_toml(config))

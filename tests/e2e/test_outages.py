@@ -78,7 +78,8 @@ def _freeze_while_closing(fleet):
 
 def test_an_agent_killed_while_it_trains_fetches_or_installs_always_has_a_model(tmp_path):
     training = {"rounds": 1, "calibration_passes": 0}
-    with Fleet(tmp_path, starts=2, hidden=16384, samples={"d1": 1200}, **training) as fleet:
+    slow = {"hidden": 16384, "samples": {"d1": 1200}, "deltas": False}
+    with Fleet(tmp_path, starts=2, **slow, **training) as fleet:
         fleet.start_agents()
         fleet.start_coordinator()
         fleet.finish()
