@@ -26,6 +26,7 @@ from fleetprune_coordinator.join_server import JoinServer, welcome
 from fleetprune_coordinator.mqtt_grid import MqttGrid
 from fleetprune_coordinator.orders import obey
 from fleetprune_coordinator.pacemaker import Pacemaker
+from fleetprune_coordinator.proposals import PendingError
 from fleetprune_coordinator.road_access import smaller_classes
 from fleetprune_coordinator.strategy import NestedStrategy, run_app, server_app
 from fleetprune_coordinator.summary import summarise
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 REFRESH_S = 3600.0  # seconds between new timestamps; they live for a day
 CONNECT_S = 30.0  # seconds for the first connection to the broker
+SIGNED_S = 1.0  # seconds between looks whether a release that waits for signatures is published
 POLL_S = 0.1  # seconds between looks at what devices have reported
 
 
@@ -150,6 +152,21 @@ class Server:
             run_app(app, grid)
         finally:
             grid.close()
+
+    def release(self) -> dict[str, Released]:
+        """Make the release; where keys of `targets` are elsewhere, serve on until it is signed."""
+        repository = self._coordinator.repository
+        while True:
+            try:
+                return self._coordinator.release()
+            except PendingError as e:
+                self._events.emit("unsigned", reason=str(e))
+            latest, due = repository.latest_release(), time.monotonic() + REFRESH_S
+            while repository.latest_release() == latest:
+                self._pause(SIGNED_S)
+                if time.monotonic() > due:
+                    repository.refresh_timestamp()
+                    due = time.monotonic() + REFRESH_S
 
     def connect(self) -> None:
         """Wait for the broker; TransportError if it is not there in time."""
@@ -311,7 +328,7 @@ def serve(
             server.connect()
             coordinator.events.emit("serving", fleet=config.fleet, pid=os.getpid())
             server.train()
-            released = coordinator.release()
+            released = server.release()
             number = next(iter(released.values())).manifest.release
             server.hub.announce_release(number)  # again: a predecessor may not have got to it
             if until_released:
