@@ -13,7 +13,7 @@
 
 PYTHON ?= python3
 TASK ?= digits
-WORKERS ?= 2
+WORKERS ?= 3
 BIN := .venv/bin
 
 .PHONY: demo test check bench fuzz matrix network study clean

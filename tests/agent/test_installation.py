@@ -192,7 +192,7 @@ def test_a_reason_not_to_fetch_now(device):
     device.get(1)
     device.repository.release(2)
     device.downloads()
-    later = Checks(may_fetch=lambda: "quiet hours until 06:00")
+    later = Checks(may_fetch=lambda _bytes: "quiet hours until 06:00")
     outcome = InstallOutcome(Status.POSTPONED, 2, "quiet hours until 06:00")
     assert device.install(later) == outcome
     assert device.downloads() == []
@@ -201,7 +201,7 @@ def test_a_reason_not_to_fetch_now(device):
 
 
 def test_a_return_and_what_is_here_already_need_no_permission(device):
-    later = Checks(may_fetch=lambda: "quiet hours until 06:00")
+    later = Checks(may_fetch=lambda _bytes: "quiet hours until 06:00")
 
     def killed(*_args):
         raise KeyboardInterrupt

@@ -44,7 +44,7 @@ def test_a_new_device(device):
 def test_what_waits_and_why(device):
     device.get(1)
     device.repository.release(2)
-    device.install(Checks(may_fetch=lambda: "quiet hours until 06:00"))
+    device.install(Checks(may_fetch=lambda _bytes: "quiet hours until 06:00"))
     told = as_json(device)
     assert (told["release"], told["state"], told["phase"], told["wanted"]) == (
         1,

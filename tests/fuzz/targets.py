@@ -516,6 +516,8 @@ def _message_seeds() -> tuple[bytes, ...]:
         "serial": 3, "stable": 6, "candidate": 7, "share": 500, "canaries": ["d1"],
         "salt": "0123456789abcdef", "paused": False, "opset": 20, "runtime_version": "1.2.3",
         "base": sha, "release": 7, "schema": 1, "slot": "a", "checks": 1,
+        "token": "a.b.d1", "request": "PEM", "certificate": "PEM", "ca": "PEM", "root": "{}",
+        "fleet": "f", "broker_host": "broker", "broker_port": 8883,
     }  # fmt: skip
     files = {
         "model": "m.onnx", "golden": "g.npz", "tolerance": 0.1, "labels": ["cat"],
