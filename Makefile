@@ -68,7 +68,7 @@ RATE := training.learning_rate
 SEEDS ?= 60 61 62 63 64
 comma := ,
 empty :=
-STUDY = $(BIN)/fleetprune simulate --resume --jobs $(WORKERS) --seed $(subst $(empty) ,$(comma),$(SEEDS))
+STUDY = $(BIN)/fleetprune simulate --resume --jobs 2 --seed $(subst $(empty) ,$(comma),$(SEEDS))
 METHODS := nested,small,fjord,heterofl,fedrolex,exclude,dense
 SPARSE := prunefl,feddst,fedtiny,fedrts
 STILL := --set training.criterion=none

@@ -340,3 +340,19 @@ def test_the_agent_loads_no_torch_and_no_coordinator(tmp_path):
         [sys.executable, "-c", WATCHED, str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
+def test_a_forged_announcement_is_a_reason_to_look_and_no_more(
+    hub, device, repository, monkeypatch
+):
+    """Whoever writes on the topic of releases: what is signed decides."""
+    monkeypatch.setattr("fleetprune_agent.agent.QUIET_S", 0.1)
+    repository.release(1)
+    device.start()
+    until(hub.telemetry, lambda t: t.release == 1, "a report of the release")
+    looks = repository.asked.count("metadata/timestamp.json")
+    hub.announce(2**31)
+    wait_until(lambda: repository.asked.count("metadata/timestamp.json") > looks, "a look")
+    device.stop()
+    last = json.loads((device.config.state / "last.json").read_bytes())
+    assert (last["release"], last["failed"]) == (1, 0)

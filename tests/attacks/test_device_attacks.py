@@ -184,3 +184,39 @@ def test_a_norm_is_bounded_by_the_median_of_the_round_before():
     assert bounds.cut == 2
     assert bounds.norms() == {"a": 1, "b": 4, "c": pytest.approx(3e38 * 2**0.5)}
     assert Bounds(0, [1], {"a": 0.2}, {"a": 1.0}).update("a", long) is long
+
+
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        ({"device": "d1"}, "says device, kind, round, mask version "),
+        ({"mask_version": 7}, "says device, kind, round, mask version "),
+        ({"round": 9}, "says device, kind, round, mask version "),
+    ],
+    ids=["another device", "another mask", "another round"],
+)
+def test_an_answer_to_something_else_moves_nothing(coordinator, lie, said):
+    (task, *_) = [t for t in tasks(coordinator, TaskKind.TRAIN) if t.device != "d1"]
+    before = weights(coordinator)
+    metrics = coordinator.rounds.finish([answer(coordinator, task, **lie)])
+    assert metrics["answers"] == 0
+    (refusal,) = refusals(coordinator)
+    assert said in refusal
+    assert all(np.array_equal(before[n], v) for n, v in weights(coordinator).items())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_update_that_is_no_number_moves_nothing(coordinator, monkeypatch, value):
+    (task, *_) = tasks(coordinator, TaskKind.TRAIN)
+    values = np.ones(size(coordinator, task), np.float32)
+    values[3] = value
+    before = weights(coordinator)
+    with monkeypatch.context() as patch:  # an attacker's encoder does not look
+        for module in ("values", "update"):
+            patch.setattr(f"fleetprune.{module}.check_vector", lambda *_: None)
+        poisoned = answer(coordinator, task, values=values)
+    metrics = coordinator.rounds.finish([poisoned])
+    assert metrics["answers"] == 0
+    (refusal,) = refusals(coordinator)
+    assert "not finite" in refusal or "finite numbers" in refusal
+    assert all(np.array_equal(before[n], v) for n, v in weights(coordinator).items())

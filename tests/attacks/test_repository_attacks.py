@@ -259,6 +259,18 @@ def test_metadata_cut_off_at_every_byte(trusted, repository):
         assert refused(trusted) == "release repository: Failed to deserialize JSON"
 
 
+def test_a_bit_flipped_in_any_byte_of_metadata(trusted, repository):
+    repository.bump()
+    whole = repository.signed(repository.timestamp)
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        repository.overrides["metadata/timestamp.json"] = bytes(flipped)
+        assert refused(trusted)
+    repository.overrides["metadata/timestamp.json"] = whole
+    trusted.refresh()
+
+
 def test_swapped_target_bytes(trusted, repository, tmp_path):
     evil = gemm(6)
     manifest = trusted.manifest("phone", 1)
