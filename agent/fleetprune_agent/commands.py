@@ -87,7 +87,11 @@ def _read_token(file: Path | None) -> str:
         with sys.stdin if file is None else file.open(encoding="utf-8") as source:
             return source.read(2 * MAX_TOKEN)
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"the token cannot be read from {file or 'standard input'}: {e}") from e
+        why = e.strerror if isinstance(e, OSError) else "it is no text"
+        raise ConfigError(
+            f"the token cannot be read from {file or 'standard input'}: {why}; "
+            "`fleetprune access token` on the coordinator prints one"
+        ) from e
 
 
 @app.command()

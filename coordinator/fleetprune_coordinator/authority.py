@@ -13,8 +13,6 @@ over but the public key: name, purpose and lifetime are ours.
 
 import hashlib
 import ipaddress
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -35,7 +33,8 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fleetprune.errors import ConfigError, TrustError
-from fleetprune.files import storage_errors, sync_folder, write_atomic
+from fleetprune.files import write_atomic
+from fleetprune_coordinator.new_folder import new_folder
 
 RESERVED: Final = "fleetprune-"
 """No device's name begins so: these are ours."""
@@ -88,28 +87,16 @@ def init_authority(
         ConfigError: `folder` already holds something, or a host name is none.
         InstallError: The disk is full or refuses.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            f"{folder} already holds keys or files, expected a new or empty folder: "
-            "keys are never overwritten"
-        )
-    with storage_errors("make", folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            key = _make_key(staging / "ca.key")
-            _write(staging / "ca.crt", _root(key, fleet, now, lives.ca))
-            authority = Authority(staging)
-            for name in SERVERS:
-                _make_key(staging / f"{name}.key")
-                authority.certify_server(name, servers[name], now, lives.own)
-            for name in CLIENTS:
-                _make_key(staging / f"{name}.key")
-                authority.certify_client(name, now, lives.own)
-            staging.rename(folder)
-            sync_folder(folder.parent)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    with new_folder(folder) as staging:
+        key = _make_key(staging / "ca.key")
+        _write(staging / "ca.crt", _root(key, fleet, now, lives.ca))
+        authority = Authority(staging)
+        for name in SERVERS:
+            _make_key(staging / f"{name}.key")
+            authority.certify_server(name, servers[name], now, lives.own)
+        for name in CLIENTS:
+            _make_key(staging / f"{name}.key")
+            authority.certify_client(name, now, lives.own)
 
 
 class Authority:

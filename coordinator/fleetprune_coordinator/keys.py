@@ -9,8 +9,6 @@ and when a key is replaced, the others once per release. Devices are provisioned
 `1.root.json`.
 """
 
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,8 +25,9 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # tuf re-exports w
 )
 
 from fleetprune.errors import ConfigError
-from fleetprune.files import storage_errors, sync_folder, write_atomic
+from fleetprune.files import sync_folder, write_atomic
 from fleetprune_coordinator.key_files import KEYS, encoded
+from fleetprune_coordinator.new_folder import new_folder
 from fleetprune_coordinator.roles import (
     DELEGATED,
     ROLES,
@@ -108,21 +107,8 @@ def init_repository(
     """
     keys = keys or KeyPlan()
     keys.check()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            f"{folder} already holds keys or files, expected a new or empty folder: "
-            "keys are never overwritten"
-        )
-    with storage_errors("make", folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            _fill(staging, now, expiry or Expiry(), keys, passphrase)
-            staging.chmod(0o755)
-            staging.rename(folder)
-            sync_folder(folder.parent)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    with new_folder(folder, mode=0o755) as staging:
+        _fill(staging, now, expiry or Expiry(), keys, passphrase)
 
 
 def _fill(

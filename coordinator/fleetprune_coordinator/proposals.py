@@ -91,7 +91,12 @@ class Proposal:
         self.folder = folder
         try:
             self.about = About.model_validate_json((folder / "proposal.json").read_bytes())
-        except (OSError, ValidationError) as e:
+        except OSError as e:
+            raise ConfigError(
+                f"{folder} holds no proposal: proposal.json: {e.strerror}; "
+                "`fleetprune release list` says what waits for signatures"
+            ) from e
+        except ValidationError as e:
             raise ConfigError(f"{folder} holds no proposal: {str(e).splitlines()[0]}") from e
         names = {role: folder / f"{role}.json" for role in OFFLINE}
         self.documents: dict[str, Metadata[Any]] = {
