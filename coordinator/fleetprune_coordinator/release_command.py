@@ -93,7 +93,10 @@ def verify(
     try:
         pinned = root.read_bytes()
     except OSError as e:
-        raise ConfigError(f"cannot read the root of trust {root}: {e.strerror}") from e
+        raise ConfigError(
+            f"cannot read the root of trust {root}: {e.strerror}; `fleetprune coordinator init` "
+            "makes it, --root names another"
+        ) from e
     found = check(public, pinned, datetime.now(UTC), device_class)
     if as_json:
         _tell(view.check_data(found, public))

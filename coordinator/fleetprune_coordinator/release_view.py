@@ -151,7 +151,10 @@ def print_list(data: dict[str, Any], console: Console) -> None:
             r["sha256"][:SHORT],
             r["state"],
         )
-    console.print(table)
+    if data["releases"]:
+        console.print(table)
+    else:
+        _line(console, "No release is signed yet: `fleetprune coordinator serve` makes them.")
     for p in data["pending"]:
         _line(console, f"{p['reason']} waits for signatures in {p['folder']}:")
         for lack in p["missing"]:

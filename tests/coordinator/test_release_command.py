@@ -204,7 +204,8 @@ def test_verify_without_a_root(desk, tmp_path):
     done = desk.call("verify", "--root", str(tmp_path / "absent"))
     assert isinstance(done.exception, ConfigError)
     assert str(done.exception) == (
-        f"cannot read the root of trust {tmp_path}/absent: No such file or directory"
+        f"cannot read the root of trust {tmp_path}/absent: No such file or directory; "
+        "`fleetprune coordinator init` makes it, --root names another"
     )
 
 
@@ -290,3 +291,9 @@ def test_a_key_made_elsewhere(released, tmp_path, monkeypatch):
     assert str(done.exception) == (
         "no passphrase: name a file that holds one in FLEETPRUNE_PASSPHRASE_FILE"
     )
+
+
+def test_a_list_of_nothing_says_so(tmp_path):
+    desk = Desk(tmp_path)
+    assert desk.call("list").stdout.splitlines()[0].startswith("No release is signed yet")
+    assert desk.told("list")["releases"] == []
