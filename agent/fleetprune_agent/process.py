@@ -7,14 +7,12 @@ one way to be rid of them.
 
 import logging
 import os
-import signal
 import sys
-import threading
 from pathlib import Path
-from types import FrameType
 from typing import Final, NoReturn
 
 from fleetprune.exits import end_with
+from fleetprune.stopping import stop_on_signals
 from fleetprune_agent.config import load_config
 
 _DEBUG: Final = "--debug"
@@ -37,17 +35,11 @@ def work(config: Path) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("tuf").setLevel(logging.WARNING)  # its notes explain nothing to an operator
     settings = load_config(config)
-    stop = threading.Event()
+    with stop_on_signals() as stop:
+        # Imported here: a wrong configuration is reported before the slow imports.
+        from fleetprune_agent.agent import Agent  # noqa: PLC0415
 
-    def on_signal(_signal: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-    # Imported here: a wrong configuration is reported before the slow imports.
-    from fleetprune_agent.agent import Agent  # noqa: PLC0415
-
-    return Agent(settings).run(stop)
+        return Agent(settings).run(stop)
 
 
 def main() -> NoReturn:

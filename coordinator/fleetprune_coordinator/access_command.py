@@ -2,14 +2,11 @@
 
 import json
 import logging
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -18,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fleetprune.errors import ConfigError
+from fleetprune.stopping import stop_on_signals
 from fleetprune_coordinator.access import ACCESS, Access, check_name, open_access
 from fleetprune_coordinator.access_book import DeviceAccess
 from fleetprune_coordinator.authority import (
@@ -208,14 +206,7 @@ def serve(
     )
     fleet = load_fleet_config(config)
     settings = fleet.join or JoinConfig()
-    stop = threading.Event()
-
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
-    with _access(fleet) as access:
+    with stop_on_signals() as stop, _access(fleet) as access:
         told = welcome(fleet, settings)
         told.root()  # without one nobody can join: say so now
         server = JoinServer(access, told, settings)

@@ -6,11 +6,9 @@ import os
 import re
 import signal
 import socket
-import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fleetprune.errors import ConfigError
+from fleetprune.stopping import stop_on_signals
 from fleetprune_coordinator.config import FleetConfig, load_fleet_config
 
 app = typer.Typer(
@@ -103,22 +102,14 @@ def serve(
     )
     # Flower logs through a handler of its own: leave it only what is wrong.
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    stop = threading.Event()
-    signals: list[int] = []
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        signals.append(number)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
-    fleet = load_fleet_config(config)
-    try:
-        summary = run(fleet, stop=stop, events=events, until_released=until_released)
-    except KeyboardInterrupt:
-        if signal.SIGINT in signals:
-            raise
-        raise typer.Exit from None  # SIGTERM is how a service is meant to be stopped
+    with stop_on_signals() as stop:
+        fleet = load_fleet_config(config)
+        try:
+            summary = run(fleet, stop=stop, events=events, until_released=until_released)
+        except KeyboardInterrupt:
+            if signal.SIGINT in stop.signals:
+                raise
+            raise typer.Exit from None  # SIGTERM is how a service is meant to be stopped
     if as_json:
         typer.echo(json.dumps(summary))
 
@@ -159,10 +150,8 @@ def blocks(
         name or f"{host}-{os.getpid()}",
         shared=not alone,
     )
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    process.run(stop)
+    with stop_on_signals() as stop:
+        process.run(stop)
 
 
 @app.command()

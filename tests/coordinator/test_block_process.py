@@ -127,8 +127,13 @@ def servers(folder, settings, names, *, protocol='"3.1.1"', options=()):
     finally:
         for process in started.values():
             process.terminate()
-        codes = [process.wait(WAIT_S) for process in started.values()]
-        presence.connection.stop()
+        try:
+            codes = [process.wait(WAIT_S) for process in started.values()]
+        finally:
+            for process in started.values():
+                process.kill()
+                process.wait()
+            presence.connection.stop()
     assert set(codes) <= {0, -signal.SIGKILL}
 
 
