@@ -82,7 +82,7 @@ def join(url: str, token: str, out: Path, *, ca_file: Path | None, fingerprint: 
         key = make_key()
         write_atomic(pending, key, mode=0o600)
     asked = Join(token=known.text(), request=make_request(key, known.device).decode())
-    told = _ask(host, port, _context(ca), asked)
+    told = _ask(_connection(host, port, _context(ca)), asked)
     if told.device != known.device:
         raise TrustError(f"certificate for {told.device!r}, expected {known.device!r}")
     # Not `told.ca`: the authority is the one that the owner named, and no other.
@@ -151,49 +151,51 @@ def _fetch_ca(host: str, port: int, fingerprint: str) -> bytes:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    _, data = _request((host, port), context, "GET", "/ca", None)
+    _, data = _request(_connection(host, port, context), "GET", "/ca", None)
     try:
-        pem = data[:MAX_PEM].decode("ascii")
-        got = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
+        certificate = ssl.PEM_cert_to_DER_cert(data[:MAX_PEM].decode("ascii"))
     except ValueError as e:
         raise TrustError(f"{host}:{port} does not say who its authority is: {e}") from e
+    got = hashlib.sha256(certificate).hexdigest()
     if got != wanted:
         raise TrustError(
             f"the authority of {host}:{port} has fingerprint {got}, expected {wanted}: "
             "somebody may be in between"
         )
-    return pem.encode()
+    # Not what came: a decoder stops at the end of the first certificate, and TLS believes all.
+    return ssl.DER_cert_to_PEM_cert(certificate).encode()
 
 
-def _ask(host: str, port: int, context: ssl.SSLContext, asked: Join) -> Joined:
-    status, data = _request((host, port), context, "POST", "/join", asked.to_bytes())
+def _ask(connection: http.client.HTTPSConnection, asked: Join) -> Joined:
+    status, data = _request(connection, "POST", "/join", asked.to_bytes())
     if status == http.client.OK:
         return Joined.from_bytes(data)
     try:
         reason = printable(str(json.loads(data)["reason"]))[:MAX_REASON]
     except (ValueError, KeyError, TypeError):
         reason = f"status {status}"
-    raise TransportError(f"{host}:{port} does not let us in: {reason}")
+    raise TransportError(f"{connection.host}:{connection.port} does not let us in: {reason}")
+
+
+def _connection(host: str, port: int, context: ssl.SSLContext) -> http.client.HTTPSConnection:
+    return http.client.HTTPSConnection(host, port, timeout=WAIT_S, context=context)
 
 
 def _request(
-    address: tuple[str, int], context: ssl.SSLContext, method: str, path: str, body: bytes | None
+    connection: http.client.HTTPSConnection, method: str, path: str, body: bytes | None
 ) -> tuple[int, bytes]:
     """Status and body, no longer than a message may be."""
-    host, port = address
-    connection = http.client.HTTPSConnection(host, port, timeout=WAIT_S, context=context)
+    where = f"{connection.host}:{connection.port}"
     try:
         connection.request(method, path, body)
         answer = connection.getresponse()
         data = answer.read(MAX_MESSAGE + 1)
     except ssl.SSLCertVerificationError as e:
-        raise TrustError(
-            f"{host}:{port} is not of the fleet's authority: {e.verify_message}"
-        ) from e
+        raise TrustError(f"{where} is not of the fleet's authority: {e.verify_message}") from e
     except (OSError, http.client.HTTPException) as e:
-        raise TransportError(f"{host}:{port} cannot be reached: {e}") from e
+        raise TransportError(f"{where} cannot be reached: {e}") from e
     finally:
         connection.close()
     if len(data) > MAX_MESSAGE:
-        raise HostileInputError(f"{host}:{port} sent more than {MAX_MESSAGE} bytes")
+        raise HostileInputError(f"{where} sent more than {MAX_MESSAGE} bytes")
     return answer.status, data

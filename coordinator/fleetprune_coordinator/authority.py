@@ -273,7 +273,7 @@ def read_request(pem: str, device: str) -> Asked:
         subject = [(a.oid, a.value) for a in request.subject]
         key = request.public_key()
         signed = request.is_signature_valid
-    except (ValueError, TypeError, UnsupportedAlgorithm) as e:
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as e:
         raise TrustError(f"certificate request cannot be read: {e}") from e
     if not (
         isinstance(key, ed25519.Ed25519PublicKey)

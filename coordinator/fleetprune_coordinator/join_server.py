@@ -278,9 +278,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def send_error(
+        self, code: int, message: str | None = None, explain: str | None = None
+    ) -> None:
+        """For what is no request; the base class's would repeat it, with what may be a token."""
+        self.close_connection = True
+        self._send(HTTPStatus(code), _reason(HTTPStatus(code).phrase))
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """The answer, for who looks closely; the request's line may hold a token by mistake."""
+        log.debug("%s for %s", code, self.client_address[0])
+
     def log_message(self, format: str, *args: Any) -> None:
-        """The request's line, for who looks closely; a token is never in it."""
-        log.debug("%s from %s", format % args, self.client_address[0])
+        """What else the base class has to say: time-outs."""
+        log.debug("%s: %s", self.client_address[0], format % args)
 
 
 def newest_root(releases: Path) -> str:

@@ -168,3 +168,29 @@ def test_orders_of_a_person_reach_the_devices(tmp_path):
         assert (done["changed"], done["reason"]) == (True, "drift")
         fleet.wait_running(1, "d1", "d2")
         assert fleet.running("d3") == [1]
+
+
+def test_a_server_that_waits_for_a_release_ends_when_a_person_aborts_it(tmp_path):
+    with Fleet(tmp_path, starts=1, rounds=1) as fleet:
+        fleet.rollout = {"stages": [0.5, 1.0], "soak_s": 600.0}
+        fleet.configure()
+        fleet.start_agents()
+        coordinator = fleet.start_coordinator()
+        fleet.wait("a release on its way", lambda: fleet.events("rollout"))
+        order = ("rollout", "abort", "--class", "large", "--reason", "a recall", "--json")
+        done = subprocess.run(
+            [sys.executable, "-m", "fleetprune", *order],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert coordinator.popen.wait(WAIT_S) == 1
+        said = (tmp_path / "coordinator.log").read_text().splitlines()[-1]
+        assert said == (
+            "fleetprune: the rollout of release 1 to class large was aborted: a recall; "
+            "there is no release to go back to: devices that have it keep it"
+        )
+        assert fleet.slots("d2").active() is None

@@ -11,13 +11,11 @@ import lzma
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,6 @@ from fleetprune.blocks import Block, NotFound, Put, Request, Stored, StoreState,
 from fleetprune.deflate import deflate
 from fleetprune.delta import HEAD, LZMA, MAGIC, VERSION, apply
 from fleetprune.errors import (
-    FleetpruneError,
     GraphError,
     HostileInputError,
     TransportError,
@@ -54,54 +51,23 @@ from fleetprune_agent.starts import Starts
 from fleetprune_agent.trial import Finding
 from fleetprune_agent.trust import TrustedRepository
 
+sys.path.append(str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1] / "agent"))  # their examples
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
 from delta_examples import BASE, DELTA, TARGET
 from models import INPUTS, golden, npz
 from repositories import Clock, MemoryRepository
+from road_targets import road_targets
+from target import Target, chosen, scratch
 
 SUPPORT = 600  # values on the mask's support, and parameters of the model
 CODECS = tuple(Codec)
-SHM = Path("/dev/shm")
-FILES = SHM if SHM.is_dir() else None  # part files and the like need no real disk
-
-
-@dataclass(frozen=True)
-class Target:
-    """One parser.
-
-    Attributes:
-        run: Takes the fuzzer's bytes.
-        seeds: Valid ones, to start from.
-        family: What it may raise.
-        max_len: Bytes worth trying.
-        share: Of the executions asked for that this target gets: what is slow gets fewer.
-    """
-
-    run: Callable[[bytes], object]
-    seeds: tuple[bytes, ...]
-    family: tuple[type[FleetpruneError], ...] = (HostileInputError,)
-    max_len: int = 4096
-    share: float = 1.0
-
-    def __call__(self, data: bytes) -> bool:
-        """Whether `data` was read; False: refused with an error of the family."""
-        try:
-            self.run(data)
-        except self.family:
-            return False
-        return True
 
 
 def sealed(data: bytes) -> bytes:
     """With the CRC-32 that frames, updates and block messages end in."""
     return data + struct.pack("<I", zlib.crc32(data))
-
-
-def chosen(data: bytes, options: tuple) -> tuple[object, bytes]:
-    """An option by the first byte, and the other bytes."""
-    return options[data[0] % len(options) if data else 0], data[1:]
 
 
 HOSTILE: tuple[object, ...] = (
@@ -232,14 +198,6 @@ def graph_meta(data: bytes) -> None:
 
 def memory(data: bytes) -> None:
     decode_memory(sealed(data))
-
-
-@cache
-def scratch() -> Path:
-    """A folder for the targets that read files; the process's own."""
-    holder = TemporaryDirectory(dir=FILES, prefix="fleetprune-fuzz-")
-    scratch.__dict__["holder"] = holder  # removed when the process ends
-    return Path(holder.name)
 
 
 def delta(data: bytes) -> None:
@@ -598,4 +556,5 @@ def targets() -> dict[str, Target]:
         "memory": Target(memory, (_memory_seed(),), ()),
         "outbox": Target(outbox, (entry,), (), share=0.05),
         "part_map": Target(part_map, (part,), ()),
+        **road_targets(),
     }
