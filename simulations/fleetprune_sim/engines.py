@@ -2,16 +2,15 @@
 
 import importlib
 import importlib.util
-import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Protocol, cast
 
 from fleetprune.errors import ConfigError, MissingExtraError, TransportError
 from fleetprune_sim.station import Done, Job, Station
+from fleetprune_sim.workers import Workers
 
 ENGINES = ("loop", "ray")
 RAY_ADDRESS = "RAY_ADDRESS"
@@ -96,12 +95,7 @@ class Processes:
 
     def __init__(self, folder: Path, method: str, trains: frozenset[str], workers: int) -> None:
         """As `Station`, in `workers` processes."""
-        self._pool = ProcessPoolExecutor(
-            workers,
-            mp_context=multiprocessing.get_context("spawn"),  # torch's threads do not survive fork
-            initializer=_open,
-            initargs=(folder, method, trains),
-        )
+        self._pool = Workers(workers, _open, folder, method, trains)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Done]:
         """What became of each job, in their order.
@@ -119,7 +113,7 @@ class Processes:
 
     def close(self) -> None:
         """End all processes."""
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.end()
 
 
 _station: Station | None = None

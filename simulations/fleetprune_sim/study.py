@@ -3,10 +3,9 @@
 import fcntl
 import json
 import logging
-import multiprocessing
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from fleetprune_sim.assemble import assemble
 from fleetprune_sim.run import Simulation
 from fleetprune_sim.summary import SUMMARY
 from fleetprune_sim.wanted import Wanted, claim, give_up
+from fleetprune_sim.workers import Workers, worker_context
 
 CHECKPOINT = "dense.pt"
 LOOK_S = 0.2  # seconds between two looks at what other processes tell
@@ -206,23 +206,22 @@ def carry_out_all(
             except Exception as e:  # the others go on
                 yield order, e
         return
-    context = multiprocessing.get_context("spawn")
-    news: Any = context.Queue()
-    with ProcessPoolExecutor(jobs, context, initializer=_listen, initargs=(news,)) as pool:
+    news: Any = worker_context().Queue()
+    pool, whole = Workers(jobs, _listen, news), False
+    try:
         running: dict[Future[dict[str, Any]], Order] = {
             pool.submit(_carry_out_there, order): order for order in orders
         }
-        try:
-            while running:
-                ended, _ = wait(running, timeout=LOOK_S, return_when=FIRST_COMPLETED)
-                _pass_on(news, tell)
-                for future in ended:
-                    order = running.pop(future)
-                    error = future.exception()
-                    yield order, future.result() if error is None else _as_exception(error)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        while running:
+            ended, _ = wait(running, timeout=LOOK_S, return_when=FIRST_COMPLETED)
+            _pass_on(news, tell)
+            for future in ended:
+                order = running.pop(future)
+                error = future.exception()
+                yield order, future.result() if error is None else _as_exception(error)
+        whole = True
+    finally:
+        pool.end(now=not whole)
 
 
 def _as_exception(error: BaseException) -> Exception:

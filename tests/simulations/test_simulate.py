@@ -14,9 +14,11 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
+from fleetprune.cli import main
 from fleetprune.errors import (
     BudgetError,
     ConfigError,
@@ -51,11 +53,19 @@ def lasting(summary):
     return kept
 
 
-def simulate(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fleetprune", "simulate", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False, **options
-    )
+@pytest.fixture
+def simulate(monkeypatch, capfd):
+    """The command, here: a process of its own takes seconds to load its libraries."""
+
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = ["fleetprune", "simulate", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(command, ended.value.code or 0, out, err)
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +149,7 @@ def _rounds(folder: Path) -> int:
         return 0
 
 
-def test_several_methods_and_seeds_have_a_folder_each(tmp_path):
+def test_several_methods_and_seeds_have_a_folder_each(tmp_path, simulate):
     done = simulate(
         "--task", TASK, "--out", tmp_path / "all", "--method", "nested,small", "--seed", "0-1",
         "--rounds", 1, "--jobs", 2, "--json",
@@ -155,6 +165,30 @@ def test_several_methods_and_seeds_have_a_folder_each(tmp_path):
     for found in runs:
         place = tmp_path / "all" / found["method"] / f"seed-{found['seed']}" / "summary.json"
         assert json.loads(place.read_text()) == found
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_runs_side_by_side_end_with_the_command(tmp_path, number, code):
+    """In the middle of long runs, and though the signal is for the first process alone."""
+    command = [
+        *(sys.executable, "-m", "fleetprune", "simulate", "--task", TASK, "--rounds", "1000"),
+        *("--out", str(tmp_path / "all"), "--method", "nested,small", "--jobs", "2"),
+    ]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        runs = [tmp_path / "all" / method / "seed-0" for method in ("nested", "small")]
+        deadline = time.monotonic() + 60
+        while not all(map(_rounds, runs)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert len(workers) >= 2
+        process.send_signal(number)
+        assert process.wait(30) == code
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
 
 
 @pytest.mark.parametrize(
@@ -297,7 +331,9 @@ def test_a_setting_can_be_one_methods_alone():
         ("fjrod:training.batch=16", "no method 'fjrod', expected one of dense, small, "),
     ],
 )
-def test_a_setting_for_a_method_that_does_not_run_is_refused(tmp_path, setting, message):
+def test_a_setting_for_a_method_that_does_not_run_is_refused(
+    tmp_path, simulate, setting, message
+):
     out = tmp_path / "run"
     done = simulate("--task", TASK, "--method", "small", "--out", out, "--set", setting)
     assert (done.returncode, done.stdout, out.exists()) == (2, "", False)
@@ -317,7 +353,7 @@ def test_a_run_that_cannot_begin_leaves_its_folder_free(tmp_path):
     assert not out.exists()
 
 
-def test_what_fails_is_said_once(tmp_path):
+def test_what_fails_is_said_once(tmp_path, simulate):
     out = tmp_path / "run"
     done = simulate("--task", TASK, "--out", out, "--set", "classes.small.macs_share=0.001")
     lines = [line for line in done.stderr.splitlines() if "cannot be met" in line]
