@@ -278,9 +278,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def send_error(
-        self, code: int, message: str | None = None, explain: str | None = None
-    ) -> None:
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """For what is no request; the base class's would repeat it, with what may be a token."""
         self.close_connection = True
         self._send(HTTPStatus(code), _reason(HTTPStatus(code).phrase))

@@ -331,9 +331,7 @@ def test_a_setting_can_be_one_methods_alone():
         ("fjrod:training.batch=16", "no method 'fjrod', expected one of dense, small, "),
     ],
 )
-def test_a_setting_for_a_method_that_does_not_run_is_refused(
-    tmp_path, simulate, setting, message
-):
+def test_a_setting_for_a_method_that_does_not_run_is_refused(tmp_path, simulate, setting, message):
     out = tmp_path / "run"
     done = simulate("--task", TASK, "--method", "small", "--out", out, "--set", setting)
     assert (done.returncode, done.stdout, out.exists()) == (2, "", False)
