@@ -28,7 +28,7 @@ from fleetprune.join_token import Token
 from fleetprune.messages import Join, Joined
 from fleetprune.partfile import PartFile
 from fleetprune_agent import join as agent_join
-from fleetprune_agent.http_source import HttpsSettings, HttpSource
+from fleetprune_agent.http_source import HttpSource, HttpsSettings
 from fleetprune_agent.parts import Parts
 from fleetprune_agent.renewal import install
 from fleetprune_coordinator.access import Access
