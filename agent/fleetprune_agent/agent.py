@@ -185,7 +185,7 @@ class Agent:
             repository=lambda: repository,
             deliver=self._courier.put,
             acknowledge=self._acknowledge,
-            traffic=lambda: Traffic(self._connection.bytes_sent, self._connection.bytes_received),
+            traffic=self._traffic,
             stopped=stop.is_set,
             may_fetch=lambda size: config.pacing.may_fetch(self._now().astimezone(), size),
         )
@@ -196,6 +196,12 @@ class Agent:
 
         self._jobs = Jobs(after_each=tidy)
         trim()  # reading the samples took twice their size
+
+    def _traffic(self) -> Traffic:
+        up, down = self._connection.bytes_sent, self._connection.bytes_received
+        if self._https is not None:
+            up, down = up + self._https.traffic_up, down + self._https.traffic_down
+        return Traffic(up, down)
 
     def _roads(
         self, settings: HttpsSettings, limit: Limit, stop: threading.Event

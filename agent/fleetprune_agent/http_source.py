@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -102,11 +102,14 @@ class HttpSource:
         self._patience, self._abort = patience_s, abort or threading.Event()
         self._limit = limit or Limit(None, clock)
         self._context = client_context(settings.ca_file, settings.cert_file, settings.key_file)
+        self._context.sslsocket_class = _CountedSocket
         self._connection: http.client.HTTPSConnection | None = None
         self._used_at = 0.0
         self._lock = threading.Lock()
         self.bytes_received = 0
         """Bytes of bodies since the start, without headers and TLS."""
+        self.traffic_up, self.traffic_down = 0, 0
+        """Bytes since the start with headers, without TLS: as the MQTT connection counts."""
 
     def close(self) -> None:
         """Close the connection; the next request opens one."""
@@ -256,12 +259,18 @@ class HttpSource:
         raw = socket.create_connection((self._host, self._port), timeout=self._timeout)
         try:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return self._context.wrap_socket(
+            wrapped = self._context.wrap_socket(
                 raw, server_hostname=self._host, do_handshake_on_connect=False
             )
         except (OSError, ValueError):
             raw.close()
             raise
+        cast("_CountedSocket", wrapped).count = self._count
+        return wrapped
+
+    def _count(self, up: int, down: int) -> None:
+        self.traffic_up += up
+        self.traffic_down += down
 
     def _judge(self, name: str, answer: http.client.HTTPResponse) -> None:
         status = answer.status
@@ -282,6 +291,24 @@ class HttpSource:
     def _check_abort(self, name: str) -> None:
         if self._abort.is_set():
             raise TransportError(f"transfer of {name} was stopped")
+
+
+class _CountedSocket(ssl.SSLSocket):
+    """Tells how many bytes of plain text go through these two, which all others use."""
+
+    count: Callable[[int, int], None]
+
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:
+        """The base class's: bytes, or with a buffer their number."""
+        got = super().read(len, buffer)
+        self.count(0, got if isinstance(got, int) else memoryview(got).nbytes)
+        return got
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """The base class's."""
+        sent = super().send(data, flags)
+        self.count(sent, 0)
+        return sent
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def _accuracy(predict: Predict, held: Samples, samples: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes on the wire since the agent started, headers and all."""
+    """Bytes on all roads since the agent started, with headers, without TLS."""
 
     up: int = 0
     down: int = 0

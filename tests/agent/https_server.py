@@ -13,6 +13,7 @@ class HttpsServer:
 
     def __init__(self, folder: Path, answer: Callable[[str, dict[str, str]], object]) -> None:
         self.answer, self.asked, self.connections = answer, [], 0
+        self.received = self.sent = 0  # bytes of plain text
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(folder / "server.crt", folder / "server.key")
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -46,14 +47,18 @@ class HttpsServer:
             self._open.append(client)
             with client.makefile("rb") as lines:
                 while line := lines.readline():
+                    self.received += len(line)
                     path, headers = line.split()[1].decode(), {}
                     while (line := lines.readline()) not in (b"\r\n", b""):
+                        self.received += len(line)
                         key, _, value = line.decode().partition(":")
                         headers[key.lower()] = value.strip()
+                    self.received += len(line)
                     self.asked.append((path, headers.get("range")))
                     for piece in self.answer(path, headers):
                         if piece is None:
                             return
+                        self.sent += len(piece)  # before somebody has it and looks
                         client.sendall(piece)
 
 

@@ -62,7 +62,10 @@ def test_a_release_is_installed_over_https_while_there_is_no_broker(tmp_path, mo
             lambda: last.exists() and Telemetry.from_bytes(last.read_bytes()).release == 1,
             "the release",
         )
-        assert Telemetry.from_bytes(last.read_bytes()).sha256 == manifest.sha256
+        told = Telemetry.from_bytes(last.read_bytes())
+        assert told.sha256 == manifest.sha256
+        assert manifest.size < told.bytes_down <= server.sent
+        assert 0 < told.bytes_up <= server.received
     finally:
         stop.set()
         agent.join(30)

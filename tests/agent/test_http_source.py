@@ -87,6 +87,8 @@ def test_small_and_large_files_come_over_one_connection(fixture):
     ]  # fmt: skip
     assert server.connections == 1
     assert source.bytes_received == 2 + len(DATA)
+    assert (source.traffic_up, source.traffic_down) == (server.received, server.sent)
+    assert source.traffic_down > source.bytes_received
 
 
 def test_only_what_is_missing_is_asked_for(fixture):
