@@ -12,8 +12,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -206,7 +208,8 @@ class InChild:
             raise InstallError(f"the health check cannot be started: {e.strerror or e}") from e
         with child:
             self.on_start(child.pid)
-            out, err, late = self._wait(child, payload)
+            _feed(child, payload)
+            out, err, late = self._wait(child)
         finding = _last_line(out)
         if finding is not None:
             return finding, ""
@@ -218,16 +221,14 @@ class InChild:
         last = err.decode(errors="replace").strip().rpartition("\n")[2]
         raise InstallError(f"the health check ended with code {child.returncode}: {last[:200]}")
 
-    def _wait(self, child: "subprocess.Popen[bytes]", payload: bytes) -> tuple[bytes, bytes, bool]:
+    def _wait(self, child: "subprocess.Popen[bytes]") -> tuple[bytes, bytes, bool]:
         """Output, errors, and whether it had to be killed for taking too long."""
         give_up = time.monotonic() + self.timeout_s
-        data: bytes | None = payload
         late = False
         while True:
             try:
-                out, err = child.communicate(data, timeout=_POLL_S)
+                out, err = child.communicate(timeout=_POLL_S)
             except subprocess.TimeoutExpired:
-                data = None  # `communicate` goes on with what it was given
                 if self.stopped():
                     child.kill()
                     raise TrialStoppedError from None
@@ -237,6 +238,22 @@ class InChild:
                     give_up = float("inf")
             else:
                 return out, err, late
+
+
+def _feed(child: "subprocess.Popen[bytes]", payload: bytes) -> None:
+    """Write to a child's standard input, however long it takes to read.
+
+    Not by `communicate`: called again after a timeout, it never writes what is left, and a child
+    that takes longer to load its libraries waits for the rest of its samples for ever.
+    """
+    pipe, child.stdin = child.stdin, None
+
+    def write() -> None:
+        assert pipe is not None
+        with suppress(OSError), pipe:  # a child that ended says more than its broken pipe
+            pipe.write(payload)
+
+    threading.Thread(target=write, name="evidence", daemon=True).start()
 
 
 def _last_line(out: bytes) -> Finding | None:

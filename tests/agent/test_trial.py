@@ -171,6 +171,21 @@ def test_a_child_that_is_killed_is_tried_once_more(tmp_path):
     assert str(e.value) == "the health check was ended by SIGSEGV: a crash, or out of memory"
 
 
+SLOW_START = """
+import runpy, time
+time.sleep(1.5)
+runpy.run_module("fleetprune_agent.health", run_name="__main__")
+"""
+
+
+def test_a_device_that_takes_long_to_start_the_check_gets_all_samples(tmp_path):
+    """More than a pipe holds, and longer than the agent waits between two looks."""
+    asked = request(tmp_path, gemm(2), golden(2), **against(tmp_path, gemm(1)))
+    evidence = Evidence(recent=np.zeros((100_000, INPUTS), np.float32))
+    found = InChild(timeout_s=60.0, command=("-P", "-c", SLOW_START))(asked, evidence)
+    assert found.recent == len(evidence.recent)
+
+
 def test_a_child_that_cannot_even_start_is_not_the_models_fault(tmp_path, monkeypatch):
     asked = request(tmp_path, gemm(1), golden(1))
     with pytest.raises(InstallError) as e:
