@@ -71,7 +71,11 @@ class Duties:
             False if it is to be tried again later.
         """
         try:
-            if self.inbox.expired(task) and self.worker.answer(task.task) is None:
+            known = self.worker.answer(task.task)
+            if known is not None:  # asked again by somebody who has not got it
+                self.deliver(Kind.RESULT, f"results/{task.task}", known)
+                log.info("the answer to task %s is sent again", task.task)
+            elif self.inbox.expired(task):
                 log.info("task %s is past its deadline and dropped", task.task)
             else:
                 answer = self.worker.handle(task)
