@@ -125,7 +125,11 @@ def simulate(
     else:
         check_for_several(out)
     console = Console(stderr=True)
-    summaries = _carry_out(orders, jobs, console)
+    try:
+        summaries = _carry_out(orders, jobs, console)
+    except KeyboardInterrupt:
+        say(f"stopped; the same command with --resume goes on with what is in {out}")
+        raise
     report = out / REPORT
     runs = [read_run(order.folder) for order in orders]
     if not single:

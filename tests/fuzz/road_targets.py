@@ -284,7 +284,7 @@ def road_targets() -> dict[str, Target]:
     """All of them, by name."""
     der = ssl.PEM_cert_to_DER_cert(_request().replace(" REQUEST", ""))
     return {
-        "http_answer": Target(http_answer, _answers(), DEVICE_SIDE, max_len=1024, share=0.2),
+        "http_answer": Target(http_answer, _answers(), DEVICE_SIDE, max_len=1024, share=0.1),
         "join_answer": Target(
             join_answer, (_with_head(_joined()),), DEVICE_SIDE, max_len=8192, share=0.2
         ),

@@ -176,9 +176,11 @@ def test_runs_side_by_side_end_with_the_command(tmp_path, number, code):
         *(sys.executable, "-m", "fleetprune", "simulate", "--task", TASK, "--rounds", "1000"),
         *("--out", str(tmp_path / "all"), "--method", "nested,small", "--jobs", "2"),
     ]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
+    log = tmp_path / "log"
+    with (
+        log.open("wb") as stderr,
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr) as process,
+    ):
         runs = [tmp_path / "all" / method / "seed-0" for method in ("nested", "small")]
         deadline = time.monotonic() + 60
         while not all(map(_rounds, runs)):
@@ -189,6 +191,9 @@ def test_runs_side_by_side_end_with_the_command(tmp_path, number, code):
         process.send_signal(number)
         assert process.wait(30) == code
     assert psutil.wait_procs(workers, timeout=30)[1] == []
+    said = log.read_text()
+    assert "Traceback" not in said
+    assert ("the same command with --resume goes on" in said) == (number is signal.SIGINT)
 
 
 @pytest.mark.parametrize(
