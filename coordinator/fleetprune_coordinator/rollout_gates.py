@@ -7,10 +7,10 @@ rest on large numbers, and none on a single odd device where there are several.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betainc, ndtr
 
 Values = NDArray[np.float64]
 MANY = 10  # devices from which on their own scatter says how sure a mean is
@@ -29,6 +29,8 @@ def share_above(count: int, of: int, most: float) -> float:
         of: Devices looked at; 0 leaves the prior.
         most: The limit, 0 <= most < 1.
     """
+    from scipy.special import betainc  # noqa: PLC0415  (a quarter of a second, for every command)
+
     return float(1.0 - betainc(count + 0.5, of - count + 0.5, most))
 
 
@@ -98,7 +100,7 @@ def _loss(devices: Sequence[Paired], most: float) -> Loss:
     if len(devices) >= MANY:
         scatter = np.square(lost - loss * n).sum() * len(devices) / (len(devices) - 1)
         error = max(error, math.sqrt(float(scatter)) / total)
-    return Loss(len(devices), int(total), loss, error, float(ndtr((mean - most) / error)))
+    return Loss(len(devices), int(total), loss, error, NormalDist().cdf((mean - most) / error))
 
 
 def _paired(

@@ -74,6 +74,7 @@ def assemble(
     corpus = found.load(seed, cache_folder())
     raw = _described(found, corpus) if given is None else given.model_dump(mode="json")
     put_asked(raw, asked)
+    _check_classes(raw, changes)
     for key, value in {"training.seed": seed, "simulation.task": name, **changes}.items():
         _put(raw, key, value)
     asked = take_asked(raw)
@@ -129,6 +130,16 @@ def _put(raw: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(at, dict):
             raise ConfigError(f"{key}: {part} is no table")
     at[last] = value
+
+
+def _check_classes(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """ConfigError for a setting of a class that is not there: a slip would make a new one."""
+    known = raw.get("classes", {})
+    for key in changes:
+        table, _, rest = key.partition(".")
+        name = rest.partition(".")[0]
+        if table == "classes" and name not in known:
+            raise ConfigError(f"{key}: no class {name!r}, expected one of {', '.join(known)}")
 
 
 def _check_fits(config: FleetConfig, corpus: Corpus, task: str) -> None:

@@ -300,6 +300,10 @@ def test_methods_share_the_model_of_a_warm_up(tmp_path):
             r"^simulation\.classes\.huge: no such class, expected one of large, small$",
         ),
         (
+            {"changes": {"classes.smal.macs_share": 0.5}},
+            r"^classes\.smal\.macs_share: no class 'smal', expected one of large, small$",
+        ),
+        (
             {"changes": {"simulation.partition.alpah": 1.0}},
             r"^simulation: partition\.alpah: unknown key, did you mean alpha\?",
         ),
