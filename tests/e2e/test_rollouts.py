@@ -173,7 +173,7 @@ def test_orders_of_a_person_reach_the_devices(tmp_path):
 
 def test_a_server_that_waits_for_a_release_ends_when_a_person_aborts_it(tmp_path):
     with Fleet(tmp_path, starts=1, rounds=1) as fleet:
-        fleet.rollout = {"stages": [0.5, 1.0], "soak_s": 600.0}
+        fleet.rollout = {"stages": [0.5, 1.0], "canaries": ["d1", "d3"], "soak_s": 600.0}
         fleet.configure()
         fleet.start_agents()
         coordinator = fleet.start_coordinator()
