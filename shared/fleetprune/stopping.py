@@ -35,14 +35,15 @@ def stop_on_signals() -> Iterator[Stop]:
         target=_listen, args=(listening, stop), name="fleetprune-signals", daemon=True
     )
     listener.start()
-    before = {number: signal.signal(number, _heard) for number in _SIGNALS}
+    # At both ends in the order in which no instant has our handlers but not our socket.
     fd_before = signal.set_wakeup_fd(waking.fileno(), warn_on_full_buffer=False)
+    before = {number: signal.signal(number, _heard) for number in _SIGNALS}
     try:
         yield stop
     finally:
-        signal.set_wakeup_fd(fd_before)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: of no Python code
+        signal.set_wakeup_fd(fd_before)
         waking.send(_END)
         listener.join()
         listening.close()
