@@ -1,6 +1,7 @@
 """A fleet with an authority in a folder, and devices of it, for tests."""
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from fleetprune.mqtt import BrokerSettings
 from fleetprune_coordinator.access import Access, open_access
 from fleetprune_coordinator.authority import Lives, init_authority
 from fleetprune_coordinator.config import FleetConfig, load_fleet_config
+from fleetprune_coordinator.join_server import JoinServer, welcome
 from fleetprune_coordinator.keys import init_repository
 
 FLEET_TOML = """
@@ -56,6 +58,20 @@ def opened(fleet: FleetConfig, now=time.time) -> Access:
     access = open_access(fleet, now)
     assert access is not None
     return access
+
+
+@contextmanager
+def join_site(folder: Path):
+    """A fleet whose endpoint runs: its access, the endpoint's URL and the authority's file."""
+    fleet = make_fleet(folder)
+    access = opened(fleet)
+    server = JoinServer(access, welcome(fleet, fleet.join), fleet.join)
+    server.start()
+    try:
+        yield access, f"https://127.0.0.1:{server.port}", fleet.state / "access" / "ca.crt"
+    finally:
+        server.stop()
+        access.close()
 
 
 @dataclass

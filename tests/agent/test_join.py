@@ -8,7 +8,6 @@ import stat
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,26 +20,12 @@ from fleetprune.messages import Joined
 from fleetprune_agent import device_key, identity, join, renewal
 from fleetprune_agent.config import AgentConfig, load_config
 from fleetprune_coordinator.authority import read_request
-from fleetprune_coordinator.join_server import JoinServer, welcome
-from tests.access_fleet import Key, make_fleet, opened
-
-
-@contextmanager
-def serving(folder):
-    fleet = make_fleet(folder)
-    access = opened(fleet)
-    server = JoinServer(access, welcome(fleet, fleet.join), fleet.join)
-    server.start()
-    try:
-        yield access, f"https://127.0.0.1:{server.port}", fleet.state / "access" / "ca.crt"
-    finally:
-        server.stop()
-        access.close()
+from tests.access_fleet import Key, join_site, make_fleet
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    with serving(tmp_path_factory.mktemp("fleet")) as site:
+    with join_site(tmp_path_factory.mktemp("fleet")) as site:
         yield site
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import ssl
-from contextlib import contextmanager
 from http import HTTPStatus
 
 import pytest
@@ -10,21 +9,7 @@ import pytest
 from fleetprune.errors import TrustError
 from fleetprune_agent.join import join
 from fleetprune_coordinator import join_server
-from fleetprune_coordinator.join_server import JoinServer, welcome
-from tests.access_fleet import make_fleet, opened
-
-
-@contextmanager
-def serving(folder):
-    fleet = make_fleet(folder)
-    access = opened(fleet)
-    server = JoinServer(access, welcome(fleet, fleet.join), fleet.join)
-    server.start()
-    try:
-        yield access, f"https://127.0.0.1:{server.port}"
-    finally:
-        server.stop()
-        access.close()
+from tests.access_fleet import join_site, make_fleet, opened
 
 
 def padded_authority(folder):
@@ -43,7 +28,7 @@ def test_a_second_authority_behind_the_one_with_the_fingerprint(tmp_path, monkey
     honest = padded_authority(tmp_path / "honest")
     told, stolen = honest.authority.fingerprint, []
     token = honest.make_token("d1", "phone", 60.0)
-    with serving(tmp_path / "evil") as (evil, url):
+    with join_site(tmp_path / "evil") as (evil, url, _):
         one, two = honest.authority.pem, evil.authority.pem
         sent = {"appended": one + two, "prepended": two + one, "other": two}[how]
         monkeypatch.setattr(join_server._Answers, "ca", lambda _: (HTTPStatus.OK, sent))
