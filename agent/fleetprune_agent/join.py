@@ -136,7 +136,9 @@ def _address(url: str) -> tuple[str, int]:
 
 def _context(ca: bytes) -> ssl.SSLContext:
     try:
-        context = ssl.create_default_context(cadata=ca.decode())
+        # Not create_default_context: given an empty file, that trusts whom the system trusts.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(cadata=ca.decode())
     except (ssl.SSLError, ValueError) as e:
         raise ConfigError("the authority's file holds no certificate (PEM)") from e
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -193,7 +195,11 @@ def _request(
     except ssl.SSLCertVerificationError as e:
         raise TrustError(f"{where} is not of the fleet's authority: {e.verify_message}") from e
     except (OSError, http.client.HTTPException) as e:
-        raise TransportError(f"{where} cannot be reached: {e}") from e
+        why = (e.strerror if isinstance(e, OSError) else None) or str(e)
+        raise TransportError(
+            f"{where} cannot be reached: {why}; is it where `fleetprune access serve`, or the "
+            "coordinator with a table [join], listens?"
+        ) from e
     finally:
         connection.close()
     if len(data) > MAX_MESSAGE:

@@ -6,7 +6,7 @@ from http import HTTPStatus
 
 import pytest
 
-from fleetprune.errors import TrustError
+from fleetprune.errors import ConfigError, TrustError
 from fleetprune_agent.join import join
 from fleetprune_coordinator import join_server
 from tests.access_fleet import join_site, make_fleet, opened
@@ -20,6 +20,15 @@ def padded_authority(folder):
             return access
         access.close()
     raise AssertionError("two of three certificates end in padding")
+
+
+def test_an_empty_file_of_the_authority_is_not_everybodys(tmp_path):
+    """Nobody is trusted by it, least of all whom the device's system trusts."""
+    (tmp_path / "ca.pem").touch()
+    with join_site(tmp_path / "f") as (access, url, _):
+        token = access.make_token("d1", "phone", 60.0)
+        with pytest.raises(ConfigError, match="the authority's file holds no certificate"):
+            join(url, token, tmp_path / "d1", ca_file=tmp_path / "ca.pem", fingerprint=None)
 
 
 @pytest.mark.parametrize("how", ["appended", "prepended", "other"])
