@@ -34,6 +34,7 @@ CA: Final = "ca.pem"
 DEVICE: Final = "device.pem"
 ROOT: Final = "root.json"
 CONFIG: Final = "agent.toml"
+_BEGIN: Final = b"-----BEGIN CERTIFICATE-----"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,11 @@ def _fetch_ca(host: str, port: int, fingerprint: str) -> bytes:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     _, data = _request(_connection(host, port, context), "GET", "/ca", None)
+    if (count := data.count(_BEGIN)) > 1:
+        raise TrustError(
+            f"{host}:{port} names {count} authorities, expected the one of its fleet: "
+            "somebody may be in between"
+        )
     try:
         certificate = ssl.PEM_cert_to_DER_cert(data[:MAX_PEM].decode("ascii"))
     except ValueError as e:
@@ -164,7 +170,7 @@ def _fetch_ca(host: str, port: int, fingerprint: str) -> bytes:
             f"the authority of {host}:{port} has fingerprint {got}, expected {wanted}: "
             "somebody may be in between"
         )
-    # Not what came: a decoder stops at the end of the first certificate, and TLS believes all.
+    # Not what came: TLS may read more in it than the decoder here has done.
     return ssl.DER_cert_to_PEM_cert(certificate).encode()
 
 
