@@ -10,9 +10,10 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from fleetprune.errors import InstallError, MissingExtraError
+from fleetprune.local_port import free_port
 from fleetprune_coordinator.mosquitto import CONFIG
 
-TRIAL_S: Final = 5.0
+TRIAL_S: Final = 20.0
 _POLL_S: Final = 0.05
 
 
@@ -34,7 +35,7 @@ def try_mosquitto(folder: Path) -> str:
     )
     if program is None:
         raise MissingExtraError("mosquitto is not installed here: --check cannot start it")
-    port = _free_port()
+    port = free_port()
     with tempfile.TemporaryDirectory() as scratch:
         trial = Path(scratch) / "trial.conf"
         trial.write_text(local(folder, port, Path(scratch)))
@@ -78,12 +79,6 @@ def local(folder: Path, port: int, scratch: Path) -> str:
     if os.geteuid() == 0:  # it would become user "mosquitto", who may not read what is ours
         lines.append("user root")
     return "\n".join(lines) + "\n"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _listens(port: int) -> bool:

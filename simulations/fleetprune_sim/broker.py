@@ -19,10 +19,10 @@ from typing import IO
 
 from fleetprune.errors import MissingExtraError, TransportError
 from fleetprune.files import storage_errors
+from fleetprune.local_port import HOST, free_port
 from fleetprune.mqtt import MAX_PACKET, BrokerSettings
 
-HOST = "127.0.0.1"
-START_S = 10.0  # iotcore's interpreter takes one second on a small machine
+START_S = 60.0  # iotcore's interpreter takes one second on a small machine that is idle
 STOP_S = 5.0
 POLL_S = 0.02
 
@@ -81,7 +81,7 @@ class EmbeddedBroker:
         self._folder = folder
         self.kind = kind or (BrokerKind.MOSQUITTO if find_mosquitto() else BrokerKind.IOTCORE)
         self.log = folder / f"{self.kind}.log"
-        self.settings = BrokerSettings(host=HOST, port=port or _free_port())
+        self.settings = BrokerSettings(host=HOST, port=port or free_port())
         self._process: subprocess.Popen[bytes] | None = None
         with storage_errors("create", folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -183,11 +183,3 @@ def embedded_broker(
         yield broker.settings
     finally:
         broker.stop()
-
-
-def _free_port() -> int:
-    """A port that was free just now; the system hands the same one out again late."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port

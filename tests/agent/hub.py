@@ -13,6 +13,7 @@ from queue import Empty, SimpleQueue
 from repositories import MemoryRepository
 
 from fleetprune.blocks import NotFoundError
+from fleetprune.local_port import free_port
 from fleetprune.messages import Announcement, Enrol, Enrolled, Task, TaskAck, Telemetry
 from fleetprune.mqtt import BrokerSettings, Connection
 from fleetprune.topics import Topics
@@ -28,9 +29,7 @@ def broker(folder: Path) -> Iterator[int]:
     program = shutil.which("mosquitto")
     if program is None:
         raise RuntimeError("these tests need mosquitto: apt-get install mosquitto")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     settings = folder / "mosquitto.conf"
     settings.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n")
     process = subprocess.Popen(

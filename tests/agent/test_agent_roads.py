@@ -1,7 +1,6 @@
 """The whole agent where its broker cannot be reached."""
 
 import shutil
-import socket
 import threading
 from datetime import UTC, datetime
 
@@ -13,6 +12,7 @@ from models import INPUTS, gemm
 from repositories import MemoryRepository
 
 from fleetprune.blocks import NotFoundError
+from fleetprune.local_port import free_port
 from fleetprune.messages import Telemetry
 from fleetprune.mqtt import BrokerSettings
 from fleetprune_agent import agent as agent_module
@@ -38,9 +38,7 @@ def test_a_release_is_installed_over_https_while_there_is_no_broker(tmp_path, mo
                 return None
 
     server = HttpsServer(tmp_path, files(Public()))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        nobody = probe.getsockname()[1]
+    nobody = free_port()
     (tmp_path / "root.json").write_bytes(repository.bootstrap)
     np.savez(tmp_path / "samples.npz", x=np.array([[1.0], [0.0]]), y=np.array([0, 1]))
     config = AgentConfig(

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from fleetprune.blocks import NotFoundError
 from fleetprune.errors import ConfigError, TransportError, TrustError, WireError
+from fleetprune.local_port import free_port
 from fleetprune.partfile import PartFile
 from fleetprune_agent.http_source import HttpSource, HttpsSettings
 from fleetprune_agent.pacing import Limit
@@ -320,9 +321,7 @@ def test_the_configuration_in_deploy_serves_releases_and_nothing_else(
     (public / "metadata" / "timestamp.json").write_bytes(b"{}")
     (tmp_path / "releases" / "keys.pem").write_bytes(b"secret")
     tmp_path.chmod(0o755)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     text = (request.config.rootpath / "deploy" / "nginx" / "fleetprune.conf").read_text()
     for old, new in (
         ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),

@@ -3,7 +3,6 @@
 import logging
 import random
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -16,6 +15,7 @@ from repositories import MemoryRepository
 from test_join import Killed, killed_at
 
 from fleetprune.errors import MessageError, TrustError
+from fleetprune.local_port import free_port
 from fleetprune.messages import Certificate, Renew
 from fleetprune.mqtt import BrokerSettings
 from fleetprune_agent.agent import Agent
@@ -202,9 +202,7 @@ def test_an_agent_renews_and_connects_anew(tmp_path, caplog):
     short = Access(fleet.state / "access", time.time, timedelta(minutes=20))
     key, pem = admit(short, "d1")
     short.close()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     deploy(fleet, access, tmp_path / "m", Place(tmp_path / "m", DATA))
     (tmp_path / "trial.conf").write_text(local(tmp_path / "m", port, tmp_path))
     broker = subprocess.Popen(

@@ -76,7 +76,7 @@ def test_what_was_there_before_is_there_again():
         assert stop.signals == [signal.SIGTERM]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert signal.set_wakeup_fd(-1) == -1
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 def test_a_signal_with_a_handler_of_its_own_ends_nothing():

@@ -167,7 +167,7 @@ def test_a_run_killed_in_a_trial_ends_as_if_it_had_not_been(whole, tmp_path):
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while not (len(trials(folder)) >= 1 and list(folder.glob("auto/*/*/history.db"))):
             assert time.monotonic() < deadline
             assert process.poll() is None

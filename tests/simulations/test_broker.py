@@ -1,11 +1,12 @@
 import queue
 import socket
-import subprocess
 import sys
 
+import psutil
 import pytest
 
 from fleetprune.errors import TransportError
+from fleetprune.local_port import free_port
 from fleetprune.mqtt import Connection
 from fleetprune_sim.broker import EmbeddedBroker, embedded_broker
 from tests.brokers import KINDS
@@ -24,14 +25,12 @@ def test_runs_on_loopback_and_is_gone_afterwards(tmp_path, kind):
         connection.publish("t", payload)
         assert got.get(timeout=10) == ("t", payload)
         connection.stop()
-        listening = subprocess.run(
-            ["ss", "-Hltn", f"sport = :{settings.port}"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if listening.returncode == 0 and listening.stdout:
-            assert all("127.0.0.1:" in line for line in listening.stdout.splitlines())
+        listening = [
+            at.laddr.ip
+            for at in psutil.net_connections("tcp")
+            if at.status == psutil.CONN_LISTEN and at.laddr.port == settings.port
+        ]
+        assert listening == ["127.0.0.1"]
     assert not _answers(settings.port)
     assert (tmp_path / f"{kind}.log").exists()
 
@@ -59,9 +58,7 @@ def test_a_broker_that_cannot_start_says_why(tmp_path):
 
 
 def test_the_port_can_be_chosen(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with embedded_broker(tmp_path, port) as settings:
         assert settings.port == port
 

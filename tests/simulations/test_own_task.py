@@ -26,7 +26,7 @@ def documented(folder: Path, pattern: str, *more: str):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr

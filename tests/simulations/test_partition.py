@@ -1,8 +1,6 @@
 import os
 import subprocess
 import sys
-import time
-import warnings
 
 import numpy as np
 import pytest
@@ -243,15 +241,11 @@ def test_a_rule_is_a_table_and_refuses_what_it_does_not_know():
 
 def test_ten_thousand_devices_share_a_thousand_images():
     y = np.arange(1170) % 10
-    started = time.perf_counter()
     chosen = draw(y, 10_000 * 48, 0)
     parts = split(y[chosen], None, spec(alpha=0.3, least=8), 10_000, 0)
-    took = time.perf_counter() - started
     assert len(parts) == 10_000
     assert min(part.size for part in parts) == 8
     assert sum(part.size for part in parts) == 480_000
-    if took > 5:  # 0.2 s on an idle machine; a loop that asks for part after part takes 20 s
-        warnings.warn(f"splitting took {took:.0f} s", stacklevel=1)
 
 
 def test_fewer_samples_than_there_are_keep_each_labels_share():

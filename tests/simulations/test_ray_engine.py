@@ -84,7 +84,7 @@ def mixed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixed") / "run"
     command = [sys.executable, "-m", ray_child.__name__, str(folder)]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+        command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "raylet" not in done.stdout + done.stderr  # Ray's daemons are loud when a worker dies
@@ -136,7 +136,7 @@ def under_ray(folder: Path) -> Iterator[subprocess.Popen[str]]:
         command, cwd=ROOT, text=True, stdout=pipe, stderr=pipe, start_new_session=True
     )
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while not finished(folder):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
@@ -158,7 +158,7 @@ def test_ctrl_c_ends_all_processes_and_leaves_no_folder(whole, tmp_path):
     assert (process.returncode, out) == (130, "")
     assert ray_folders(process.pid) == []
     assert 0 < finished(tmp_path / "run") < ROUNDS
-    _, alive = psutil.wait_procs(group, timeout=10)
+    _, alive = psutil.wait_procs(group, timeout=60)
     assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
     assert lasting(carry(tmp_path / "run")) == lasting(whole[1])
 

@@ -5,8 +5,6 @@ Those are looked for in FLEETPRUNE_DATA.
 
 import io
 import itertools
-import os
-import time
 import wave
 import zipfile
 from pathlib import Path
@@ -200,7 +198,7 @@ def test_a_recording_of_absurd_size_is_not_unpacked(tmp_path, monkeypatch):
         speech.corpus(0, tmp_path / "cache")
 
 
-def test_the_publishers_recordings(tmp_path):
+def test_the_publishers_recordings(tmp_path, monkeypatch):
     try:
         speech.find()
     except DataError:
@@ -210,9 +208,6 @@ def test_the_publishers_recordings(tmp_path):
     assert np.bincount(corpus.y_validation).tolist() == [27] * 10
     assert np.bincount(corpus.y).tolist() == [243] * 10
     assert len(np.unique(corpus.owner)) == 6
-    started = time.perf_counter()
-    again = speech.corpus(0, tmp_path)
-    took = time.perf_counter() - started
-    assert (again.x == corpus.x).all()
-    assert took < 1 or os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
+    monkeypatch.setattr(speech, "_parse", None)  # what was computed once is kept
+    assert (speech.corpus(0, tmp_path).x == corpus.x).all()
     assert Path(next(tmp_path.iterdir())).stat().st_size < 40e6

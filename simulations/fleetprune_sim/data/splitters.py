@@ -4,12 +4,10 @@ Both give the same parts to the sample, which a test holds them to. They take ne
 of a label, so the caller shuffles first.
 """
 
-import atexit
 import contextlib
 import importlib
 import io
 import os
-import shutil
 import sys
 import tempfile
 import warnings
@@ -163,11 +161,10 @@ def _partitioners() -> Any:
     name = "flwr_datasets.partitioner"
     if name not in sys.modules and "MPLCONFIGDIR" not in os.environ:
         # It imports matplotlib, which would write a list of fonts below the user's ~/.cache.
-        folder = tempfile.mkdtemp(prefix="fleetprune-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        os.environ["MPLCONFIGDIR"] = folder
-        try:
-            return importlib.import_module(name)
-        finally:
-            del os.environ["MPLCONFIGDIR"]
+        with tempfile.TemporaryDirectory(prefix="fleetprune-") as folder:
+            os.environ["MPLCONFIGDIR"] = folder
+            try:
+                return importlib.import_module(name)
+            finally:
+                del os.environ["MPLCONFIGDIR"]
     return importlib.import_module(name)
